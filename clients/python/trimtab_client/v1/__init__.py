@@ -1,0 +1,1 @@
+"""Generated from protos/trimtab/v1; do not edit."""
