@@ -1,0 +1,1 @@
+"""Log-prob, entropy, log-sum-exp and KL straight from hidden states; one API, one file a backend."""

@@ -1,0 +1,95 @@
+"""Causal attention over a packed row, registered with transformers as "trimtab_packed".
+
+Each sequence attends to itself only. Sequences of similar length run as one dense causal batch
+(`packing.AttentionGroup`), which is exact: a causal mask hides what stands behind a short sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from trimtab.models.packing import PackedBatch
+
+NAME = "trimtab_packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    packed: PackedBatch | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one packed row: query [1, H, N, d], key and value [1, H_kv, N, d] → [1, N, H, d]."""
+    if packed is None or attention_mask is not None:
+        raise ValueError("a packed forward takes `packed` and no attention mask")
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__}: attention sinks are not supported in a packed forward")
+    repeats = query.shape[1] // key.shape[1]
+    pieces = []
+    for group in packed.groups:
+        q, k, v = (_gather(tensor, group) for tensor in (query, key, value))
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        out = _causal(q, k, v, scaling, dropout, sliding_window, softcap)  # [B, H, T, d]
+        flat = out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])  # [B·T, H, d]
+        pieces.append(flat if group.valid is None else flat.index_select(0, group.valid))
+    rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if packed.order is not None:
+        rows = rows.index_select(0, packed.order)
+    return rows.unsqueeze(0), None
+
+
+def _gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    """[1, H, N, d] → [B, H, T, d] of one group."""
+    count, length = group.shape
+    if group.contiguous_start is not None:
+        rows = tensor[0, :, group.contiguous_start : group.contiguous_start + count * length]
+    else:
+        rows = tensor[0].index_select(1, group.gather_BT.reshape(-1))
+    return rows.unflatten(1, (count, length)).transpose(0, 1)
+
+
+def _causal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    length = q.shape[2]
+    windowed = sliding_window is not None and length > sliding_window
+    if softcap is None and not windowed:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None, :]
+    visible = distance >= 0
+    if windowed:
+        visible &= distance < sliding_window
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=scaling)
+    scores = (q @ k.transpose(2, 3)).float() * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)  # Gemma 2 (arXiv:2408.00118, section 2)
+    weights = F.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1).to(q.dtype)
+    return F.dropout(weights, dropout, training=dropout > 0) @ v
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The layout says who sees whom; transformers builds no mask."""
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, _no_mask)  # type: ignore[arg-type]

@@ -1,0 +1,106 @@
+"""A policy: a Hugging Face causal LM with its tokenizer, run by the packed forward.
+
+It gives hidden states and the LM head apart, so that `kernels` can turn them into log-probs without
+ever forming all logits. It does not sample: that is the generator's room.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from trimtab.models import attention
+from trimtab.models.folders import check_vocabulary, load_pretrained, max_length_of, save_pretrained
+from trimtab.models.packing import PackedBatch
+from trimtab.models.tokenizers import eos_token_ids, load_tokenizer, tokenizer_digest
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The last layer: logits = scale · (hidden · weightᵀ + bias), then softcap · tanh(logits / softcap)."""
+
+    weight_VD: torch.Tensor
+    bias: torch.Tensor | None
+    softcap: float | None
+    scale: float
+
+
+class Policy:
+    """A causal LM and its tokenizer.
+
+    Attributes:
+        model: the transformers model, in eval mode, with packed attention.
+        source: the folder or hub id it came from.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.source = source
+        self.tokenizer_digest = tokenizer_digest(tokenizer)
+        self.eos_token_ids = eos_token_ids(model.config, model.generation_config, tokenizer)
+        self.max_length = max_length_of(model.config)
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type]
+        check_vocabulary(tokenizer, self.vocab_size, source)
+
+    @classmethod
+    def load(cls, source: str, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Policy:
+        """Load a folder or hub id; ModelLoadError names what is wrong with it."""
+        model = load_pretrained(AutoModelForCausalLM, source, dtype=dtype, attention=attention.NAME)
+        return cls(model.to(device), load_tokenizer(source), source)
+
+    def hidden(self, packed: PackedBatch) -> torch.Tensor:
+        """Last hidden states [N, D] of a packed row."""
+        return body_forward(self.model, packed)
+
+    @property
+    def head(self) -> LMHead:
+        """The LM head with the logit scalings that model families put behind it."""
+        head: Any = self.model.get_output_embeddings()
+        config: Any = self.model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return LMHead(
+            weight_VD=head.weight,
+            bias=getattr(head, "bias", None),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=float(scale),
+        )
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write a plain Hugging Face folder (safetensors, config, generation config, tokenizer)."""
+        save_pretrained(self.model, self.tokenizer, folder, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def architecture(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        return self.model.generation_config  # type: ignore[return-value]
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def body_forward(model: PreTrainedModel, packed: PackedBatch) -> torch.Tensor:
+    """Run a model's body (all but its head) on a packed row; returns [N, D]."""
+    outputs = model.base_model(
+        input_ids=packed.token_ids_N[None],
+        position_ids=packed.position_ids_N[None],
+        use_cache=False,
+        packed=packed,
+    )
+    return outputs.last_hidden_state[0]
