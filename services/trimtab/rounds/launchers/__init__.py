@@ -1,0 +1,1 @@
+"""Where services and stages run: local processes here, cluster jobs beside them."""

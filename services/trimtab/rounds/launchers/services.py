@@ -1,0 +1,100 @@
+"""trimtab's services as processes: names, default ports, config files and thread budgets."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from trimtab.rounds.launchers.process import ProcessSpec
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class ServiceKind:
+    """What `trimtab serve NAME` runs and how its health is asked."""
+
+    name: str
+    health_service: str
+    default_port: int
+    config_class: str
+    needs_model: bool = True
+
+    @property
+    def config_module(self) -> str:
+        """The module of its config class; imports no torch."""
+        return f"trimtab.{self.name}.config"
+
+    @property
+    def service_module(self) -> str:
+        """The module with `main(config) -> int`."""
+        return f"trimtab.{self.name}.service"
+
+
+SERVICES: Mapping[str, ServiceKind] = {
+    kind.name: kind
+    for kind in (
+        ServiceKind("generator", "trimtab.v1.GeneratorService", 7101, "GeneratorConfig"),
+        ServiceKind("reward", "trimtab.v1.RewardService", 7102, "RewardConfig"),
+        ServiceKind("reference", "trimtab.v1.ReferenceService", 7103, "ReferenceConfig"),
+        ServiceKind("trainer", "trimtab.v1.TrainerService", 7104, "TrainerConfig", needs_model=False),
+    )
+}
+
+
+def free_ports(count: int) -> list[int]:
+    """`count` different loopback ports that nobody listens on now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for held in sockets:
+            held.bind((LOOPBACK, 0))
+        return [held.getsockname()[1] for held in sockets]
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Environment that keeps a process to `threads` cores and lets idle threads sleep instead of spin."""
+    count = str(threads)
+    return {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def fair_threads(processes: int) -> int:
+    """Threads for each of `processes` services that share this machine's cores; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // max(1, processes))
+
+
+def service_process(
+    kind: str,
+    settings: Mapping[str, object],
+    folder: Path,
+    *,
+    threads: int = 1,
+    name: str | None = None,
+    env: Mapping[str, str] | None = None,
+) -> ProcessSpec:
+    """Describe `trimtab serve KIND` with `settings` as its config file, written under `folder`.
+
+    `port` and `metrics_port` are chosen when `settings` has none. The log goes to `folder`/NAME.log.
+    """
+    service, name = SERVICES[kind], name or kind
+    port, metrics_port = free_ports(2)
+    defaults: dict[str, object] = {"host": LOOPBACK, "port": port, "metrics_port": metrics_port, "threads": threads}
+    values = defaults | dict(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    config_path = folder / f"{name}.yaml"
+    config_path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return ProcessSpec(
+        name=name,
+        command=(sys.executable, "-m", "trimtab", "serve", kind, "--config", str(config_path)),
+        address=f"{values['host']}:{values['port']}",
+        health_service=service.health_service,
+        log_path=folder / f"{name}.log",
+        env=thread_environment(threads) | {"PYTHONUNBUFFERED": "1"} | dict(env or {}),
+    )
