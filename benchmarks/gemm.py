@@ -47,7 +47,7 @@ class GemmRate:
 
 
 def linears(work: Work) -> tuple[Linear, ...]:
-    """The model's linear layers, LM head last; queries, keys and values are three products, as transformers runs them."""
+    """The model's linear layers, LM head last; queries, keys and values are three products, as in transformers."""
     hidden, inner, layers = work.hidden_size, work.intermediate_size, work.layers
     return (
         Linear("attention", hidden, hidden, 4 * layers),
@@ -58,7 +58,7 @@ def linears(work: Work) -> tuple[Linear, ...]:
 
 
 def forward_flops(work: Work, response_lengths_B: Sequence[int]) -> tuple[int, int]:
-    """(backbone, LM head) FLOPs of one forward: every real token through the backbone, response tokens through the head."""
+    """(backbone, LM head) FLOPs of one forward: all real tokens in the backbone, response tokens in the head."""
     *backbone, head = linears(work)
     response_tokens = sum(response_lengths_B)
     tokens = response_tokens + work.prompt_tokens * len(response_lengths_B)
@@ -66,7 +66,7 @@ def forward_flops(work: Work, response_lengths_B: Sequence[int]) -> tuple[int, i
 
 
 def training_flops(work: Work, response_lengths_B: Sequence[int]) -> int:
-    """FLOPs of the training part of one update: policy and value model, forward and backward (three products a layer)."""
+    """FLOPs of an update's training: policy and value model, forward and backward (three products a layer)."""
     backbone, head = forward_flops(work, response_lengths_B)
     return work.inner_epochs * 3 * (2 * backbone + head)
 
@@ -123,9 +123,8 @@ def main() -> None:
     work = Work()
     rates = [measure(work, dtype, n, repeats=args.repeats) for dtype in args.dtypes for n in args.threads]
     for rate in rates:
-        print(
-            f"{rate.dtype:9} {rate.threads} thread(s): training {rate.training:6.0f} GFLOP/s, forward {rate.forward:6.0f}"
-        )
+        speeds = f"training {rate.training:6.0f} GFLOP/s, forward {rate.forward:6.0f}"
+        print(f"{rate.dtype:9} {rate.threads} thread(s): {speeds}")
     if args.out:
         args.out.write_text(json.dumps([asdict(rate) for rate in rates], indent=1))
 

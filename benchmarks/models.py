@@ -1,4 +1,4 @@
-"""The benchmark's work as files: a random policy, a random reward model, their tokenizer, and prompts with response lengths.
+"""The benchmark's work as files: random policy and reward models, their tokenizer, prompts with response lengths.
 
 Everything is made locally from one seed, so that every side of a comparison reads the same folders and nothing is
 downloaded. The models are untrained: good for timing, meaningless as language models. Both sides read these folders
@@ -96,7 +96,9 @@ def write_models(folder: WorkFolder) -> None:
     torch.manual_seed(work.seed)
     policy = LlamaForCausalLM(LlamaConfig(**shape))
     torch.manual_seed(work.seed + 1)
-    reward = LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1))
+    reward_config = LlamaConfig(**shape)
+    reward_config.num_labels = 1
+    reward = LlamaForSequenceClassification(reward_config)
     for model, path in ((policy, folder.policy), (reward, folder.reward)):
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)

@@ -1,1 +1,1 @@
-"""Drivers of other systems. Each runs in an environment of its own and shares only files with the rest of the benchmarks."""
+"""Drivers of other systems. Each runs in an environment of its own and shares only files with the rest."""

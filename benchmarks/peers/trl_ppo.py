@@ -25,6 +25,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 STAGES = ("rollout", "reference", "reward", "value", "train", "other")
 
@@ -126,7 +127,7 @@ def end_responses_at(policy, tokens_by_prompt: dict[tuple[int, ...], int]) -> No
             self.ends_B = ends_B
 
         def __call__(self, input_ids, scores, **kwargs):
-            return input_ids.shape[1] >= self.ends_B
+            return cast(torch.BoolTensor, input_ids.shape[1] >= self.ends_B)
 
     generate = policy.generate
 
