@@ -1,0 +1,310 @@
+"""The local engine: schedule, run, postprocess, once a step.
+
+Each step swaps weights where one is due, fills free slots from the queue (prefill), decodes one token for every live
+sequence, and returns what ended. The cache layout is kv_cache.py's, the arithmetic of a choice sampler.py's.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trimtab_client.versions import ModelVersion
+
+from trimtab.generator.engine import (
+    FailedSequence,
+    FinishedSequence,
+    FinishReason,
+    Outcome,
+    SequenceRequest,
+    StagedWeights,
+    SwapMode,
+)
+from trimtab.generator.local.runner import ModelRunner, check_weights
+from trimtab.generator.local.sampler import sample
+from trimtab.generator.local.slots import Slot, SlotTable
+from trimtab.generator.local.stop_strings import StopStrings, text_before_stop
+
+NON_FINITE = "the model gave logits that are not finite numbers; the weights of this version are broken"
+
+
+@dataclass(frozen=True)
+class PendingSwap:
+    """A version that waits for its moment between two steps."""
+
+    staged: StagedWeights
+    mode: SwapMode
+    done: Future[ModelVersion]
+
+
+class LocalEngine:
+    """Continuous batching over a Hugging Face causal LM; implements `Engine`.
+
+    Args:
+        model: the live model; the engine changes its weights at a swap.
+        eos_token_ids: tokens that end a response unless it ignores them.
+        version: what `model` holds now.
+        max_length: prompt and response together, tokens.
+        max_slots: most sequences decoded at once.
+        prefill_tokens: most prompt tokens (padding counted) computed between two decode steps; a longer prompt goes alone.
+
+    Raises:
+        ValueError: an architecture this engine cannot serve.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos_token_ids: Sequence[int],
+        version: ModelVersion,
+        max_length: int,
+        max_slots: int = 64,
+        prefill_tokens: int = 2048,
+    ) -> None:
+        self._runner = ModelRunner(model, max_rows=max_slots)
+        self._tokenizer = tokenizer
+        self._version = version
+        self._max_length = max_length
+        self._prefill_tokens = prefill_tokens
+        output = model.get_output_embeddings()
+        assert output is not None, "a causal LM has output embeddings"
+        vocab_size = int(output.weight.shape[0])  # type: ignore[arg-type]
+        ends = [token for token in eos_token_ids if 0 <= token < vocab_size]
+        self._table = SlotTable(max_slots, vocab_size, ends)
+        self._queue: deque[SequenceRequest] = deque()
+        self._lock = threading.Lock()
+        self._inbox: list[SequenceRequest] = []
+        self._cancelled: set[int] = set()
+        self._pending: PendingSwap | None = None
+
+    @property
+    def version(self) -> ModelVersion:
+        """The version whose weights the next step runs."""
+        return self._version
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that no step has started yet."""
+        with self._lock:
+            return len(self._queue) + len(self._inbox)
+
+    @property
+    def live(self) -> int:
+        """Sequences being decoded."""
+        return self._table.count
+
+    @property
+    def free_slots(self) -> int:
+        """Sequences that could start now."""
+        return self._table.max_slots - self._table.count
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything a step could do, now or once another version serves."""
+        with self._lock:
+            asked = bool(self._inbox or self._cancelled or self._pending)
+        return asked or bool(self._queue) or self.live > 0
+
+    def submit(self, requests: Sequence[SequenceRequest]) -> None:
+        """Queue sequences; they enter as slots free up, in this order."""
+        with self._lock:
+            self._inbox.extend(requests)
+
+    def cancel(self, sequence_ids: Sequence[int]) -> None:
+        """Forget sequences at the next step; unknown and finished ones are ignored."""
+        with self._lock:
+            self._cancelled.update(sequence_ids)
+
+    def swap(self, staged: StagedWeights, mode: SwapMode) -> Future[ModelVersion]:
+        """Change weights between two steps; see `Engine.swap`."""
+        done: Future[ModelVersion] = Future()
+        try:
+            check_weights(self._runner.model.state_dict(), staged.tensors)
+        except ValueError as error:
+            done.set_exception(error)
+            return done
+        with self._lock:
+            replaced, self._pending = self._pending, PendingSwap(staged, mode, done)
+        if replaced is not None:
+            replaced.done.set_exception(ValueError(f"{replaced.staged.version} was replaced by {staged.version}"))
+        return done
+
+    def reset(self) -> list[int]:
+        """Forget every live and waiting sequence, after a step that raised; their ids."""
+        with self._lock:
+            self._queue.extend(self._inbox)
+            self._inbox.clear()
+            self._cancelled.clear()
+        requests = [*(slot.request for slot in self._table.slots), *self._queue]
+        self._queue.clear()
+        self._runner.reset()
+        self._table.keep([])
+        return [request.sequence_id for request in requests]
+
+    @torch.inference_mode()
+    def step(self) -> list[Outcome]:
+        """Swap if due, prefill into free slots, decode one token for every live sequence; return what ended."""
+        outcomes: list[Outcome] = list(self._take_messages())
+        self._swap_if_due()
+        outcomes += self._admit()
+        if self.live:
+            outcomes += self._decode()
+        return outcomes
+
+    def _take_messages(self) -> list[FailedSequence]:
+        """Apply submits and cancels; drop what waited past its deadline."""
+        with self._lock:
+            self._queue.extend(self._inbox)
+            self._inbox.clear()
+            cancelled, self._cancelled = self._cancelled, set()
+        if cancelled:
+            self._queue = deque(request for request in self._queue if request.sequence_id not in cancelled)
+            rows = [row for row, slot in enumerate(self._table.slots) if slot.request.sequence_id in cancelled]
+            self._release(rows)
+        now_s = time.monotonic()
+        expired = [request for request in self._queue if request.deadline_s is not None and request.deadline_s <= now_s]
+        if expired:
+            gone = {request.sequence_id for request in expired}
+            self._queue = deque(request for request in self._queue if request.sequence_id not in gone)
+        return [FailedSequence(request.sequence_id, "the deadline passed while it waited", True) for request in expired]
+
+    def _swap_if_due(self) -> None:
+        pending = self._pending
+        if pending is None:
+            return
+        in_flight = [slot.request for slot in self._table.slots]
+        holders = [request for request in [*in_flight, *self._queue] if self._holds_back(request, pending)]
+        if holders or (pending.mode is SwapMode.DRAIN and in_flight):
+            return
+        with self._lock:
+            if self._pending is pending:
+                self._pending = None
+        self._runner.load_weights(pending.staged.tensors)
+        self._version = pending.staged.version
+        for row, slot in enumerate(self._table.slots):
+            slot.marks.append((self._version, int(self._table.counts[row])))
+        if pending.mode is SwapMode.RECOMPUTE_KV:
+            self._recompute()
+        pending.done.set_result(self._version)
+
+    def _holds_back(self, request: SequenceRequest, pending: PendingSwap) -> bool:
+        """Whether the request can only be sampled by the version that is about to go."""
+        accepts = request.accepts
+        return accepts is not None and accepts(self._version) and not accepts(pending.staged.version)
+
+    def _recompute(self) -> None:
+        """Fill the cache of every live row anew with the present weights, a few rows at a time."""
+        table, row = self._table, 0
+        while row < table.count:
+            past = [self._past(row)]
+            while row + len(past) < table.count:
+                following = self._past(row + len(past))
+                width = max(len(tokens) for tokens in [*past, following])
+                if width * (len(past) + 1) > self._prefill_tokens:
+                    break
+                past.append(following)
+            self._runner.prefill(past, first_row=row)
+            row += len(past)
+
+    def _past(self, row: int) -> np.ndarray:
+        """The tokens of a live row that are in the cache."""
+        table = self._table
+        sampled = table.tokens[row, : table.counts[row] - 1]
+        return np.concatenate([table.slots[row].request.prompt_ids, sampled])
+
+    def _admit(self) -> list[Outcome]:
+        """Move sequences from the queue into free slots, up to the prefill budget, and sample their first tokens."""
+        chosen = self._choose()
+        if not chosen:
+            return []
+        first = self.live
+        for request in chosen:
+            stops = StopStrings(self._tokenizer, request.sampling.stop) if request.sampling.stop else None
+            self._table.add(Slot(request, stops, [(self._version, 0)]), self._max_length)
+        prompts: list[np.ndarray] = []
+        copies: list[int] = []
+        for before, request in zip([None, *chosen], chosen, strict=False):
+            if before is not None and before.prompt_key == request.prompt_key:
+                copies[-1] += 1
+            else:
+                prompts.append(request.prompt_ids)
+                copies.append(1)
+        logits = self._runner.prefill(prompts, first_row=first, copies=copies)
+        return self._sample(slice(first, self.live), logits)
+
+    def _choose(self) -> list[SequenceRequest]:
+        """The next sequences to start, in order of arrival, within the free slots and the prefill budget."""
+        free = self._table.max_slots - self.live
+        pending, chosen, skipped = self._pending, [], deque()
+        prompts, width, last_key = 0, 0, None
+        while self._queue and len(chosen) < free:
+            request = self._queue.popleft()
+            held = pending is not None and pending.mode is SwapMode.DRAIN and not self._holds_back(request, pending)
+            if held or (request.accepts is not None and not request.accepts(self._version)):
+                skipped.append(request)
+                continue
+            if request.prompt_key != last_key:
+                new_width = max(width, len(request.prompt_ids))
+                if chosen and new_width * (prompts + 1) > self._prefill_tokens:
+                    self._queue.appendleft(request)
+                    break
+                prompts, width, last_key = prompts + 1, new_width, request.prompt_key
+            chosen.append(request)
+        self._queue.extendleft(reversed(skipped))
+        return chosen
+
+    def _decode(self) -> list[Outcome]:
+        """Feed every live sequence its newest token and sample the next."""
+        rows = slice(0, self.live)
+        logits = self._runner.decode(self._table.newest[rows], self._table.lengths[rows])
+        self._table.lengths[rows] += 1
+        return self._sample(rows, logits)
+
+    def _sample(self, rows: slice, logits_BV: torch.Tensor) -> list[Outcome]:
+        """Choose a token for each of these rows, and let go of the rows that end with it."""
+        banned = self._table.banned(rows)
+        banned_BV = None if banned is None else torch.from_numpy(banned).to(logits_BV.device)
+        sampled = sample(logits_BV, self._table.sample_rows(rows), banned_BV)
+        ended = self._table.record(rows, sampled)
+        broken = [rows.start + int(offset) for offset in np.flatnonzero(np.isnan(sampled.logprobs))]
+        outcomes: list[Outcome] = [
+            FailedSequence(self._table.slots[row].request.sequence_id, NON_FINITE) for row in broken
+        ]
+        outcomes += [self._finish(row, reason) for row, reason in ended.items() if row not in broken]
+        if broken:
+            self._runner.cache.clear_rows(broken)
+        self._release([*broken, *(row for row in ended if row not in broken)])
+        return outcomes
+
+    def _finish(self, row: int, reason: FinishReason) -> FinishedSequence:
+        table, slot = self._table, self._table.slots[row]
+        count = int(table.counts[row])
+        tokens = table.tokens[row, :count].copy()
+        stops = slot.request.sampling.stop if reason is FinishReason.STOP else ()
+        return FinishedSequence(
+            sequence_id=slot.request.sequence_id,
+            token_ids=tokens,
+            logprobs=table.logprobs[row, :count].copy(),
+            text=text_before_stop(self._tokenizer, tokens, stops),
+            finish_reason=reason,
+            runs=slot.runs(count),
+        )
+
+    def _release(self, rows: Sequence[int]) -> None:
+        """Free rows: the holes are filled with the last live rows."""
+        if not rows:
+            return
+        gone = set(rows)
+        kept = self.live - len(gone)
+        movers = iter(row for row in range(kept, self.live) if row not in gone)
+        survivors = [next(movers) if row in gone else row for row in range(kept)]
+        self._runner.cache.compact(survivors)
+        self._table.keep(survivors)
+        self._runner.cache.trim(self._table.longest)

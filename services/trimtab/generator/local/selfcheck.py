@@ -1,0 +1,62 @@
+"""Before serving: does cached, ragged decoding give the log-probs of full forwards? Refuse to serve if it does not."""
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from trimtab.generator.local.runner import ModelRunner
+
+PROMPT_LENGTHS = (9, 3, 14)
+DECODE_STEPS = 4
+# Largest difference in float32; mean difference in half precision, whose rounding alone moves single values by 0.1.
+FLOAT32_TOLERANCE = 2e-3
+HALF_TOLERANCE = 5e-2
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Check `model`, and fall back to its eager attention where its default one is wrong for it.
+
+    Raises ValueError where cached decoding does not agree with full forwards either way.
+    """
+    try:
+        check(model)
+    except Exception as error:
+        if model.config._attn_implementation == "eager":
+            raise _refusal(model, error) from error
+        model.set_attn_implementation("eager")
+        try:
+            check(model)
+        except Exception as eager_error:
+            raise _refusal(model, eager_error) from eager_error
+
+
+@torch.inference_mode()
+def check(model: PreTrainedModel) -> None:
+    """Decode three prompts of different lengths side by side and compare; ValueError where they differ."""
+    embeddings = model.get_input_embeddings()
+    vocab_size = int(embeddings.weight.shape[0])  # type: ignore[union-attr,arg-type]
+    draws = np.random.default_rng(0)
+    sequences = [draws.integers(0, vocab_size, length + DECODE_STEPS, dtype=np.int32) for length in PROMPT_LENGTHS]
+    runner = ModelRunner(model, max_rows=len(sequences))
+    lengths_B = np.array(PROMPT_LENGTHS)
+    prompts = [sequence[:length] for sequence, length in zip(sequences, PROMPT_LENGTHS, strict=True)]
+    logits = [runner.prefill(prompts, first_row=0)]
+    for step in range(DECODE_STEPS):
+        tokens_B = np.array([seq[length + step] for seq, length in zip(sequences, PROMPT_LENGTHS, strict=True)])
+        logits.append(runner.decode(tokens_B, lengths_B + step))
+    cached_BTV = torch.log_softmax(torch.stack(logits, dim=1), dim=-1)
+    for row, sequence in enumerate(sequences):
+        ids = torch.from_numpy(sequence.astype(np.int64)).to(model.device)[None]
+        full = model(input_ids=ids, use_cache=False).logits[0, PROMPT_LENGTHS[row] - 1 :].float()
+        difference = (torch.log_softmax(full, dim=-1) - cached_BTV[row]).abs()
+        exact = model.dtype in (torch.float32, torch.float64)
+        error, limit = (difference.max(), FLOAT32_TOLERANCE) if exact else (difference.mean(), HALF_TOLERANCE)
+        if not error <= limit:
+            raise ValueError(f"log-probs of cached decoding and of a full forward differ by {float(error):.3g}")
+
+
+def _refusal(model: PreTrainedModel, error: Exception) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} cannot be served by the local engine: {error} "
+        "(check that the model folder is whole; another engine may serve it)"
+    )
