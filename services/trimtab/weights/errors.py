@@ -1,0 +1,42 @@
+"""What can go wrong with a store of versions, one class per answer a caller can give.
+
+A service maps these to gRPC codes: VersionNotFoundError to NOT_FOUND, VersionConflictError to FAILED_PRECONDITION,
+CorruptVersionError to DATA_LOSS, StoreFullError to RESOURCE_EXHAUSTED, StoreUnavailableError to UNAVAILABLE and
+the rest to INVALID_ARGUMENT.
+"""
+
+
+class StoreError(Exception):
+    """Base of all errors of the store; its message is one line that says what to do."""
+
+
+class InvalidNameError(StoreError, ValueError):
+    """A run id, model name, step, file name or source string that the store does not accept."""
+
+
+class VersionNotFoundError(StoreError, LookupError):
+    """No such version: never published, or pruned since."""
+
+
+class VersionConflictError(StoreError):
+    """The step holds, or would hold, other content than the one asked for."""
+
+
+class StepOrderError(VersionConflictError):
+    """A new version must have a larger step than every version published before it."""
+
+
+class RefusedFileError(StoreError, ValueError):
+    """A folder holds something that is never published: pickled weights, a broken safetensors file, a linked folder."""
+
+
+class CorruptVersionError(StoreError):
+    """A version's files are not what its manifest says. It must not be served."""
+
+
+class StoreFullError(StoreError):
+    """The disk or quota of the store (or of the cache) is full. Nothing visible has changed."""
+
+
+class StoreUnavailableError(StoreError):
+    """The storage did not answer, or denied access. Trying again later may help."""

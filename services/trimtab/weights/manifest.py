@@ -1,0 +1,161 @@
+"""The manifest: what one published version is made of and where it came from. Written last, so it makes the version.
+
+In memory a frozen dataclass; on disk ``manifest.json``, read through pydantic because it may come from anywhere.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trimtab.weights.errors import CorruptVersionError, InvalidNameError
+from trimtab.weights.layout import check_file_name, check_name, check_step
+from trimtab_client import ModelVersion
+
+FORMAT = 1
+Kind = Literal["full", "delta"]
+Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a version: path relative to the version's folder, size and 'blake3:<hex>' of its bytes."""
+
+    name: str
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One published version.
+
+    ``version.digest`` is the digest of the content; ``files`` are sorted by name; ``parent`` names the version this
+    one was made from and, for ``kind`` 'delta', the one it is to be applied to; ``lineage`` says where it came from
+    (data, reward version…); ``metrics`` are numbers about it; ``files_folder`` is where the files lie relative to the
+    manifest ('' beside it); ``format`` is the number of this layout.
+    """
+
+    version: ModelVersion
+    files: tuple[FileEntry, ...]
+    created_at: datetime
+    parent: str | None = None
+    lineage: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    kind: Kind = "full"
+    files_folder: str = ""
+    format: int = FORMAT
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files together, without the manifest."""
+        return sum(entry.size_bytes for entry in self.files)
+
+    def to_json(self) -> bytes:
+        """The bytes of manifest.json."""
+        record = _ManifestRecord(
+            format=self.format,
+            run_id=self.version.run_id,
+            name=self.version.name,
+            step=self.version.step,
+            digest=self.version.digest,
+            kind=self.kind,
+            parent=self.parent,
+            created_at=self.created_at,
+            lineage=self.lineage,
+            metrics=self.metrics,
+            files_folder=self.files_folder,
+            files=[_FileRecord(name=e.name, size_bytes=e.size_bytes, digest=e.digest) for e in self.files],
+        )
+        return record.model_dump_json(indent=2).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "Manifest":
+        """Reads manifest.json; ``where`` is named in errors.
+
+        Raises CorruptVersionError if it is not a manifest of a format this release knows, or names a file outside
+        its folder.
+        """
+        try:
+            record = _ManifestRecord.model_validate_json(data)
+            for entry in record.files:
+                check_file_name(entry.name)
+            if record.files_folder:
+                check_name("files folder", record.files_folder)
+            check_name("run id", record.run_id)
+            check_name("model name", record.name)
+            check_step(record.step)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "it"
+            raise CorruptVersionError(f"{where} is not a manifest: {place}: {first['msg']}") from error
+        except InvalidNameError as error:
+            raise CorruptVersionError(f"{where} is not a safe manifest: {error}") from error
+        if record.format > FORMAT:
+            raise CorruptVersionError(
+                f"{where} has format {record.format}, this release reads up to {FORMAT}: upgrade trimtab"
+            )
+        return cls(
+            version=ModelVersion(run_id=record.run_id, name=record.name, step=record.step, digest=record.digest),
+            files=tuple(FileEntry(e.name, e.size_bytes, e.digest) for e in record.files),
+            created_at=record.created_at,
+            parent=record.parent,
+            lineage=record.lineage,
+            metrics=record.metrics,
+            kind=record.kind,
+            files_folder=record.files_folder,
+            format=record.format,
+        )
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+
+class _FileRecord(_Record):
+    name: str
+    size_bytes: int = Field(ge=0)
+    digest: Digest
+
+
+class _ManifestRecord(_Record):
+    format: int
+    run_id: str
+    name: str
+    step: int
+    digest: Digest
+    kind: Kind
+    parent: str | None
+    created_at: datetime
+    lineage: dict[str, str]
+    metrics: dict[str, float]
+    files_folder: str = ""
+    files: list[_FileRecord] = Field(min_length=1)
+
+
+class Pointer(_Record):
+    """``current.json``: the version that is current, and the largest step the pointer has ever stood at.
+
+    The second number tells a roll back (do not move forward again by yourself) from a publish that was cut off
+    between manifest and pointer (do).
+    """
+
+    step: int
+    digest: Digest
+    highest_step: int
+    moved_at: datetime
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "Pointer":
+        """Reads current.json. Raises CorruptVersionError naming ``where``."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise CorruptVersionError(
+                f"{where} is not a pointer: remove it, then `trimtab versions rollback`"
+            ) from error
+
+    def to_json(self) -> bytes:
+        """The bytes of current.json."""
+        return self.model_dump_json(indent=2).encode() + b"\n"
