@@ -1,0 +1,1 @@
+"""The trainer service and the three stages: SFT, reward model, PPO."""

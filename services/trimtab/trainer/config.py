@@ -1,0 +1,23 @@
+"""Settings of the trainer service; the stages' own configs are in `stages`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import Field
+
+from trimtab.runtime.config import ServiceConfig
+
+
+class TrainerConfig(ServiceConfig):
+    """One trainer process."""
+
+    port: int = Field(default=7104, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
+    store: str = Field(default="runs/store", description="Where versions are published: a folder or fsspec URL.")
+    folder: Path = Field(default=Path("runs"), description="Metrics and reports of each run go to FOLDER/RUN_ID.")
+
+    @property
+    def compute_threads(self) -> int:
+        """Threads while the trainer alone works: `threads`, else every core this process may use."""
+        return self.threads or len(os.sched_getaffinity(0))

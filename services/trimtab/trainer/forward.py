@@ -1,0 +1,145 @@
+"""The packed training forward that SFT and PPO share: chosen tokens of some sequences, their log-probs, their values.
+
+Suffixes: N tokens of a packed row, R response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from trimtab.kernels.api import SelectedLogprobs, selected_logprobs
+from trimtab.models.errors import ModelLoadError
+from trimtab.models.packing import PackedBatch, pack, response_positions
+from trimtab.models.policy import Policy
+from trimtab.models.scalar_head import ScalarModel
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Sequences, each a prompt and a response, with the flat layout of their response tokens.
+
+    Attributes:
+        sequences: int32 token ids, prompt and response together.
+        prompt_lengths: tokens of each prompt, at least 1.
+    """
+
+    sequences: tuple[np.ndarray, ...]
+    prompt_lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if any(not 1 <= p < len(s) for s, p in zip(self.sequences, self.prompt_lengths, strict=True)):
+            raise ValueError("each sequence needs a prompt and a response of at least one token")
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sequence) for sequence in self.sequences]
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        return np.array(self.lengths) - np.array(self.prompt_lengths)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some sequences of a TokenBatch, packed.
+
+    Attributes:
+        positions_R: where in the packed row each response token is predicted (the token before it).
+        targets_R: the response tokens, int64.
+        flat_R: where each of them stands in the batch's flat [all response tokens] layout.
+    """
+
+    packed: PackedBatch
+    positions_R: torch.Tensor
+    targets_R: torch.Tensor
+    flat_R: torch.Tensor
+
+
+def slice_batch(batch: TokenBatch, indices: Sequence[int], device: torch.device | str = "cpu") -> Slice:
+    """Pack the sequences `indices` of a batch."""
+    sequences = [batch.sequences[i] for i in indices]
+    prompts = [batch.prompt_lengths[i] for i in indices]
+    offsets = np.concatenate([[0], np.cumsum(batch.response_lengths)])
+    flat = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in indices])
+    targets = np.concatenate([s[p:] for s, p in zip(sequences, prompts, strict=True)]).astype(np.int64)
+    return Slice(
+        packed=pack(sequences, device),
+        positions_R=torch.as_tensor(response_positions([len(s) for s in sequences], prompts), device=device),
+        targets_R=torch.as_tensor(targets, device=device),
+        flat_R=torch.as_tensor(flat, device=device),
+    )
+
+
+def response_logprobs(policy: Policy, part: Slice, temperature: float = 1.0) -> SelectedLogprobs:
+    """Log-prob, lse and entropy of each response token at `temperature`, [R]."""
+    hidden_ND = policy.hidden(part.packed)
+    head = policy.head
+    return selected_logprobs(
+        hidden_ND.index_select(0, part.positions_R),
+        head.weight_VD,
+        part.targets_R,
+        temperature=temperature / head.scale,
+        bias=head.bias,
+        softcap=None if head.softcap is None else head.softcap / head.scale,
+    )
+
+
+def response_values(value_model: ScalarModel, part: Slice) -> torch.Tensor:
+    """V_t of each response token, read at the token before it, normalised, [R]."""
+    return value_model.normalized(value_model.scores(part.packed))[part.positions_R]
+
+
+def prepare_for_training(model: torch.nn.Module, *, activation_checkpointing: bool) -> None:
+    """Switch every dropout off for good (ALGORITHMS 3) and activation checkpointing on where asked."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout_p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    model.eval()
+    if activation_checkpointing:
+        trainable: Any = model
+        trainable.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # transformers checkpoints in train mode only; no dropout is left in it
+
+
+@contextmanager
+def residual_dropout(policy: Policy, probability: float, generator: torch.Generator) -> Iterator[None]:
+    """Drop out each sublayer's output before it joins the residual stream (InstructGPT's SFT: 0.2)."""
+    if probability == 0:
+        yield
+        return
+    layers: Any = getattr(policy.model.base_model, "layers", None) or getattr(policy.model.base_model, "h", None)
+    if layers is None:
+        raise ModelLoadError("dropout", f"{policy.architecture}: no layer list found, set dropout to 0")
+
+    def drop(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        keep = torch.rand(hidden.shape, generator=generator).to(hidden.device) >= probability
+        dropped = hidden * keep / (1 - probability)
+        return (dropped, *output[1:]) if isinstance(output, tuple) else dropped
+
+    names = {"self_attn", "attn", "mlp", "linear_attn"}
+    sublayers = [child for layer in layers for name, child in layer.named_children() if name in names]
+    handles = [sublayer.register_forward_hook(drop) for sublayer in sublayers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def negative_log_sigmoid(margin: torch.Tensor) -> torch.Tensor:
+    """−log σ(margin), without overflow."""
+    return F.softplus(-margin)

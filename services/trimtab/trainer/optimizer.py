@@ -1,0 +1,103 @@
+"""AdamW over float32 master weights, with the schedules of ALGORITHMS and gradient clipping.
+
+The model computes in its own dtype. Where that is bfloat16, float32 masters are kept here: gradients of
+each micro-batch are added up in float32, the step is taken on the masters and rounded into the model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from trimtab.trainer.stages import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Rate of optimizer step `step` (0-based): warm-up from 1/10, then constant, cosine to 10 % or linear to 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (0.1 + 0.9 * step / config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+    if config.schedule == "linear":
+        return config.learning_rate * max(0.0, 1 - progress)
+    return config.learning_rate
+
+
+class MasterWeightOptimizer:
+    """AdamW whose parameters are float32 masters of a model's weights.
+
+    Attributes:
+        masters: one float32 (or float64) tensor a trainable parameter; the parameter itself where it has that dtype.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, config: OptimizerConfig, masters: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """`masters` gives float32 values by parameter name that the model's own weights are roundings of."""
+        self.config = config
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.parameters = [parameter for _, parameter in named]
+        self.masters = [_master(name, parameter, masters) for name, parameter in named]
+        self._adam = torch.optim.AdamW(
+            self.masters,
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def accumulate(self) -> None:
+        """Move the gradients of a micro-batch's backward pass onto the masters, added up in their dtype."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is master or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.to(master.dtype)
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, step, round into the model, clear gradients; returns the gradient's norm before clipping.
+
+        A non-finite norm takes no step (the caller counts it).
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm))
+        if math.isfinite(norm):
+            for group in self._adam.param_groups:
+                group["lr"] = learning_rate
+            self._adam.step()
+            with torch.no_grad():
+                for parameter, master in zip(self.parameters, self.masters, strict=True):
+                    if parameter is not master:
+                        parameter.copy_(master)
+        self.clear()
+        return norm
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        for tensor in (*self.parameters, *self.masters):
+            tensor.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masters and Adam moments: all that a resume needs."""
+        return {"masters": [master.detach() for master in self.masters], "adam": self._adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, and round the masters into the model."""
+        with torch.no_grad():
+            for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
+                master.copy_(saved)
+                parameter.copy_(saved)
+        self._adam.load_state_dict(state["adam"])
+
+
+def _master(name: str, parameter: torch.nn.Parameter, masters: dict[str, torch.Tensor] | None) -> torch.Tensor:
+    if parameter.dtype in (torch.float32, torch.float64):
+        return parameter
+    source = parameter if masters is None else masters[name]
+    return source.detach().float().clone().requires_grad_()

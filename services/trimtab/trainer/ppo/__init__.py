@@ -1,0 +1,1 @@
+"""PPO (arXiv:1707.06347) as InstructGPT runs it: rollouts → experience → advantages → update → publish."""

@@ -1,0 +1,41 @@
+"""The PPO loss of some response tokens: sums, so that micro-batches add up to the minibatch's mean exactly."""
+
+from __future__ import annotations
+
+import torch
+
+
+def importance_weights(old_R: torch.Tensor, behaviour_R: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(exp(old − behaviour), cap), without gradient (decoupled PPO, arXiv:2110.00641; truncation, IMPALA)."""
+    return torch.exp(old_R - behaviour_R).clamp(max=cap)
+
+
+def policy_terms(
+    logprobs_R: torch.Tensor,
+    old_R: torch.Tensor,
+    advantages_R: torch.Tensor,
+    weights_R: torch.Tensor,
+    clip_range: float,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Σ −w·min(ratio·A, clip(ratio, 1 ± ε)·A) (PPO, eq. 7), and sums of ratio, approx_kl (k3) and clipping."""
+    log_ratio_R = logprobs_R - old_R
+    ratio_R = log_ratio_R.exp()
+    clipped_R = ratio_R.clamp(1 - clip_range, 1 + clip_range)
+    surrogate_R = torch.minimum(ratio_R * advantages_R, clipped_R * advantages_R)
+    with torch.no_grad():
+        statistics = {
+            "ratio": float(ratio_R.sum()),
+            "ratio_max": float(ratio_R.max()),
+            "approx_kl": float((torch.expm1(log_ratio_R) - log_ratio_R).sum()),
+            "clipped_policy": float((clipped_R * advantages_R < ratio_R * advantages_R).sum()),
+        }
+    return -(weights_R * surrogate_R).sum(), statistics
+
+
+def value_terms(
+    values_R: torch.Tensor, old_values_R: torch.Tensor, returns_R: torch.Tensor, clip_range: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Σ ½ max((v − R)², (clip(v, v_old ± ε) − R)²) (Ziegler 2019's code, after PPO2), and how many were clipped."""
+    clipped_R = old_values_R + (values_R - old_values_R).clamp(-clip_range, clip_range)
+    plain_R, bounded_R = (values_R - returns_R).square(), (clipped_R - returns_R).square()
+    return 0.5 * torch.maximum(plain_R, bounded_R).sum(), {"clipped_value": float((bounded_R > plain_R).sum())}

@@ -1,0 +1,239 @@
+"""The update of one PPO step: old log-probs and values, advantages, then inner epochs of minibatches.
+
+The first epoch runs over the very packs that the old log-probs were computed with, so its first ratio is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from trimtab.kernels import kl
+from trimtab.models.packing import plan_batches
+from trimtab.models.policy import Policy
+from trimtab.models.scalar_head import ScalarModel
+from trimtab.trainer.forward import Slice, response_logprobs, response_values, slice_batch
+from trimtab.trainer.optimizer import MasterWeightOptimizer
+from trimtab.trainer.ppo.advantages import (
+    explained_variance,
+    generalized_advantages,
+    group_advantages,
+    token_rewards,
+    whiten,
+)
+from trimtab.trainer.ppo.experience import Experience, episode_scores
+from trimtab.trainer.ppo.loss import importance_weights, policy_terms, value_terms
+from trimtab.trainer.stages import PpoConfig
+
+Minibatch = list[Slice]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the update holds fixed, flat over response tokens [R].
+
+    Attributes:
+        old_R: log-probs by the policy as it is when the update starts (the proximal policy).
+        weights_R: truncated importance weights, old against behaviour.
+    """
+
+    old_R: torch.Tensor
+    old_values_R: torch.Tensor
+    advantages_R: torch.Tensor
+    returns_R: torch.Tensor
+    weights_R: torch.Tensor
+    entropy_R: torch.Tensor
+
+
+class PpoUpdate:
+    """Updates a policy and, with GAE, a value model: `plan_epoch`, then `fix_targets`, then `optimize`."""
+
+    def __init__(
+        self,
+        config: PpoConfig,
+        policy: Policy,
+        policy_optimizer: MasterWeightOptimizer,
+        value_model: ScalarModel | None,
+        value_optimizer: MasterWeightOptimizer | None,
+        permutations: np.random.Generator,
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.policy_optimizer = policy_optimizer
+        self.value_model = value_model
+        self.value_optimizer = value_optimizer
+        self.permutations = permutations
+
+    def plan_epoch(self, experience: Experience) -> list[Minibatch]:
+        """A fresh permutation cut into minibatches, each into packed micro-batches."""
+        order = self.permutations.permutation(len(experience.tokens)).tolist()
+        size = self.config.minibatch_size
+        return [self._minibatch(experience, order[start : start + size]) for start in range(0, len(order), size)]
+
+    @torch.no_grad()
+    def fix_targets(self, experience: Experience, epoch: Sequence[Minibatch], beta: float) -> Targets:
+        """Old log-probs, values, advantages and returns of the whole batch."""
+        config = self.config
+        old_R, entropy_R = torch.empty_like(experience.behaviour_R), torch.empty_like(experience.behaviour_R)
+        values_R = torch.zeros_like(old_R)
+        for part in (part for minibatch in epoch for part in minibatch):
+            selected = response_logprobs(self.policy, part, config.temperature)
+            where = part.flat_R.cpu()
+            old_R[where], entropy_R[where] = selected.logprob_N.cpu(), selected.entropy_N.cpu()
+            if self.value_model is not None:
+                values_R[where] = response_values(self.value_model, part).cpu()
+        lengths_B = experience.lengths_B
+        scores_B = episode_scores(experience, config.no_eos_score)
+        rewards_R = token_rewards(scores_B, old_R, experience.reference_R, lengths_B, beta)
+        if config.whiten_rewards:
+            rewards_R = whiten(rewards_R, shift_mean=False)
+        if config.advantage == "group":
+            advantages_R = group_advantages(rewards_R, lengths_B, config.samples_per_prompt)
+        else:
+            advantages_R = generalized_advantages(rewards_R, values_R, lengths_B, config.gamma, config.gae_lambda)
+        return Targets(
+            old_R=old_R,
+            old_values_R=values_R,
+            advantages_R=whiten(advantages_R),
+            returns_R=advantages_R + values_R,
+            weights_R=importance_weights(old_R, experience.behaviour_R, config.importance_weight_cap),
+            entropy_R=entropy_R,
+        )
+
+    def optimize(
+        self,
+        experience: Experience,
+        first_epoch: list[Minibatch],
+        targets: Targets,
+        policy_rate: float,
+        value_rate: float,
+        *,
+        move_policy: bool = True,
+    ) -> dict[str, float]:
+        """Inner epochs of minibatch steps, the first over `first_epoch`; returns the metrics.
+
+        `move_policy` is off while the value model warms up.
+        """
+        totals: dict[str, float] = {}
+        ratio_max, steps, skipped, first_kl = 0.0, 0, 0, None
+        policy_norms: list[float] = []
+        value_norms: list[float] = []
+        for number in range(self.config.inner_epochs):
+            epoch = first_epoch if number == 0 else self.plan_epoch(experience)
+            epoch_kl = 0.0
+            for minibatch in epoch:
+                sums = self._minibatch_gradients(minibatch, targets, move_policy=move_policy)
+                first_kl = sums["approx_kl"] / sums["tokens"] if first_kl is None else first_kl
+                norms = self._step(sums, policy_rate if move_policy else None, value_rate)
+                policy_norms += norms[:1]
+                value_norms += norms[1:]
+                skipped += not all(map(math.isfinite, norms)) or not math.isfinite(sums["loss_policy"])
+                steps += 1
+                ratio_max = max(ratio_max, sums.pop("ratio_max"))
+                epoch_kl += sums["approx_kl"] / sums["tokens"] / len(epoch)
+                for name, value in sums.items():
+                    totals[name] = totals.get(name, 0.0) + value
+            if self.config.target_approx_kl is not None and epoch_kl > self.config.target_approx_kl:
+                break
+        tokens = totals.pop("tokens")
+        metrics = {name: value / tokens for name, value in totals.items()}
+        return {
+            "loss_policy": metrics["loss_policy"],
+            "loss_value": metrics["loss_value"],
+            "ratio_mean": metrics["ratio"],
+            "ratio_max": ratio_max,
+            "approx_kl": metrics["approx_kl"],
+            "approx_kl_first_minibatch": float(first_kl or 0.0),
+            "clip_fraction_policy": metrics["clipped_policy"],
+            "clip_fraction_value": metrics["clipped_value"],
+            "grad_norm_policy": _finite_mean(policy_norms),
+            "grad_norm_value": _finite_mean(value_norms),
+            "optimizer_steps": float(steps - skipped),
+            "skipped_steps": float(skipped),
+        }
+
+    def _minibatch(self, experience: Experience, indices: list[int]) -> Minibatch:
+        lengths = [len(experience.tokens.sequences[i]) for i in indices]
+        plan = plan_batches(lengths, self.config.stage.micro_batch_tokens)
+        return [slice_batch(experience.tokens, [indices[i] for i in part], self.policy.device) for part in plan]
+
+    def _minibatch_gradients(self, minibatch: Minibatch, targets: Targets, *, move_policy: bool) -> dict[str, float]:
+        """Gradients of the minibatch's mean loss over its response tokens; returns the sums of its terms."""
+        config, device = self.config, self.policy.device
+        tokens = sum(len(part.targets_R) for part in minibatch)
+        sums = dict.fromkeys(
+            ("loss_policy", "loss_value", "ratio", "approx_kl", "clipped_policy", "clipped_value"), 0.0
+        )
+        ratio_max = 0.0
+        for part in minibatch:
+            where = part.flat_R.cpu()
+            selected = response_logprobs(self.policy, part, config.temperature)
+            fixed = (targets.old_R, targets.advantages_R, targets.weights_R)
+            loss, statistics = policy_terms(
+                selected.logprob_N, *(array[where].to(device) for array in fixed), clip_range=config.clip_range
+            )
+            sums["loss_policy"] += float(loss.detach())
+            if config.entropy_coefficient:
+                loss = loss - config.entropy_coefficient * selected.entropy_N.sum()
+            if move_policy:
+                (loss / tokens).backward()
+                self.policy_optimizer.accumulate()
+            if self.value_model is not None and self.value_optimizer is not None:
+                values_R = response_values(self.value_model, part)
+                fixed = (targets.old_values_R, targets.returns_R)
+                value_loss, value_statistics = value_terms(
+                    values_R, *(array[where].to(device) for array in fixed), clip_range=config.value_clip_range
+                )
+                (config.value_coefficient * value_loss / tokens).backward()
+                self.value_optimizer.accumulate()
+                statistics |= value_statistics
+                sums["loss_value"] += float(value_loss.detach())
+            ratio_max = max(ratio_max, statistics.pop("ratio_max"))
+            for name, value in statistics.items():
+                sums[name] += value
+        return sums | {"tokens": float(tokens), "ratio_max": ratio_max}
+
+    def _step(self, sums: dict[str, float], policy_rate: float | None, value_rate: float) -> list[float]:
+        """Step both optimizers; a non-finite loss or gradient steps neither. Returns the gradient norms."""
+        healthy = math.isfinite(sums["loss_policy"]) and math.isfinite(sums["loss_value"])
+        if not healthy:
+            self.policy_optimizer.clear()
+            if self.value_optimizer is not None:
+                self.value_optimizer.clear()
+            return [float("nan")]
+        norms = []
+        if policy_rate is not None:
+            norms.append(self.policy_optimizer.step(policy_rate))
+        if self.value_optimizer is not None:
+            norms.append(self.value_optimizer.step(value_rate))
+        return norms
+
+
+def rollout_metrics(experience: Experience, targets: Targets) -> dict[str, float]:
+    """What the batch looked like before the update; KL in nats a sequence, by k1 and by k3."""
+    lengths_B = experience.lengths_B
+    episodes = len(lengths_B)
+    gap_R = (targets.old_R - experience.behaviour_R).abs()
+    return {
+        "score_mean": float(experience.scores_B.mean()),
+        "score_std": float(experience.scores_B.std(unbiased=False)),
+        "normalized_score_mean": float(experience.normalized_B.mean()),
+        "kl_nats_per_sequence": float(kl.k1(targets.old_R, experience.reference_R).sum()) / episodes,
+        "kl_k3_nats_per_sequence": float(kl.k3(targets.old_R, experience.reference_R).sum()) / episodes,
+        "entropy_mean": float(targets.entropy_R.mean()),
+        "explained_variance": explained_variance(targets.old_values_R, targets.returns_R),
+        "response_length_mean": float(lengths_B.float().mean()),
+        "eos_fraction": float(experience.ended_B.float().mean()),
+        "logprob_gap_mean": float(gap_R.mean()),
+        "logprob_gap_max": float(gap_R.max()),
+        "importance_weight_mean": float(targets.weights_R.mean()),
+    }
+
+
+def _finite_mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else 0.0

@@ -1,0 +1,242 @@
+"""The trainer service: one run at a time on a thread of its own, controlled and watched over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from trimtab.kernels.selfcheck import check_selected_logprobs
+from trimtab.runtime.errors import ServiceError, invalid, not_found, precondition
+from trimtab.runtime.logs import get_logger
+from trimtab.runtime.server import ServerContext, Service, serve
+from trimtab.trainer.config import TrainerConfig
+from trimtab.trainer.context import StageContext
+from trimtab.trainer.ppo.loop import run_ppo
+from trimtab.trainer.reward_model import run_reward_model
+from trimtab.trainer.run import Run, RunFailedError, RunSnapshot, RunState, StepMetrics, StopRun
+from trimtab.trainer.sft import run_sft
+from trimtab.trainer.stages import Stage, StageConfigError, stage_from_proto
+from trimtab.weights.layout import check_name
+from trimtab.weights.store import Store, open_store
+from trimtab_client.v1 import trainer_pb2, trainer_pb2_grpc
+
+log = get_logger(__name__)
+
+SERVICE_NAME = "trimtab.v1.TrainerService"
+STAGES: dict[str, Callable[[Any, StageContext], None]] = {
+    "sft": run_sft,
+    "reward_model": run_reward_model,
+    "ppo": run_ppo,
+}
+
+
+class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
+    """Runs stages one after another; keeps every run of this process, newest last."""
+
+    def __init__(self, config: TrainerConfig, store: Store, draining: asyncio.Event) -> None:
+        self._config = config
+        self._store = store
+        self._draining = draining
+        self._runs: dict[str, tuple[Run, Stage]] = {}
+        self._thread: threading.Thread | None = None
+
+    async def Start(
+        self, request: trainer_pb2.StartRequest, context: grpc.aio.ServicerContext
+    ) -> trainer_pb2.StartResponse:
+        kind = request.WhichOneof("config")
+        if kind is None:
+            raise invalid("config", "give sft, reward_model or ppo")
+        check_run_id(request.run_id)
+        try:
+            stage = stage_from_proto(kind, getattr(request, kind))
+        except StageConfigError as error:
+            raise invalid(f"{kind}.{error.field}", error.reason) from error
+        if request.run_id in self._runs:
+            run, running = self._runs[request.run_id]
+            if running != stage:
+                raise ServiceError(
+                    grpc.StatusCode.ALREADY_EXISTS, f"run {request.run_id} has another config", field="run_id"
+                )
+            return trainer_pb2.StartResponse(status=status_proto(run.snapshot))
+        for run_id, (run, _) in self._runs.items():
+            if not run.snapshot.state.finished:
+                raise precondition(f"run {run_id} is still going; one run at a time: wait for it or stop it")
+        run = Run(request.run_id, kind)
+        self._runs[request.run_id] = (run, stage)
+        self._thread = threading.Thread(target=self._work, args=(run, kind, stage), name=f"run-{request.run_id}")
+        self._thread.start()
+        return trainer_pb2.StartResponse(status=status_proto(run.snapshot))
+
+    async def Status(
+        self, request: trainer_pb2.StatusRequest, context: grpc.aio.ServicerContext
+    ) -> trainer_pb2.StatusResponse:
+        return trainer_pb2.StatusResponse(status=status_proto(self._find(request.run_id).snapshot))
+
+    async def Watch(
+        self, request: trainer_pb2.WatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[trainer_pb2.WatchResponse]:
+        run = self._find(request.run_id)
+        changed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        forget = run.listen(lambda: loop.call_soon_threadsafe(changed.set))
+        position, told = 0, None
+        try:
+            while not self._draining.is_set():
+                changed.clear()
+                snapshot = run.snapshot
+                events = run.events_after(position)
+                position += len(events)
+                for event in events:
+                    if event.step > request.after_step:
+                        yield trainer_pb2.WatchResponse(metrics=metrics_proto(snapshot, event))
+                state = (snapshot.state, snapshot.activity, len(snapshot.published))
+                if state != told:
+                    told = state
+                    yield trainer_pb2.WatchResponse(status=status_proto(snapshot))
+                if snapshot.state.finished:
+                    return
+                await _first_set(changed, self._draining)
+        finally:
+            forget()
+
+    async def Pause(
+        self, request: trainer_pb2.PauseRequest, context: grpc.aio.ServicerContext
+    ) -> trainer_pb2.PauseResponse:
+        run = self._find_going(request.run_id)
+        run.pause()
+        return trainer_pb2.PauseResponse(status=status_proto(run.snapshot))
+
+    async def Resume(
+        self, request: trainer_pb2.ResumeRequest, context: grpc.aio.ServicerContext
+    ) -> trainer_pb2.ResumeResponse:
+        run = self._find_going(request.run_id)
+        run.resume()
+        return trainer_pb2.ResumeResponse(status=status_proto(run.snapshot))
+
+    async def Checkpoint(
+        self, request: trainer_pb2.CheckpointRequest, context: grpc.aio.ServicerContext
+    ) -> trainer_pb2.CheckpointResponse:
+        request_future: Future = self._find_going(request.run_id).checkpoint()
+        try:
+            versions = await asyncio.wrap_future(request_future)
+        except RunFailedError as error:
+            raise precondition(str(error)) from error
+        return trainer_pb2.CheckpointResponse(published=[version.to_proto() for version in versions])
+
+    async def Stop(
+        self, request: trainer_pb2.StopRequest, context: grpc.aio.ServicerContext
+    ) -> trainer_pb2.StopResponse:
+        run = self._find(request.run_id)
+        run.stop()
+        return trainer_pb2.StopResponse(status=status_proto(run.snapshot))
+
+    async def close(self) -> None:
+        """Stop the run that is going and wait for its current step."""
+        for run, _ in self._runs.values():
+            run.stop()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _find(self, run_id: str) -> Run:
+        if not self._runs:
+            raise not_found("no run was started here", field="run_id")
+        if not run_id:
+            return next(reversed(self._runs.values()))[0]
+        if run_id not in self._runs:
+            raise not_found(f"no run {run_id} here; there are {', '.join(self._runs)}", field="run_id")
+        return self._runs[run_id][0]
+
+    def _find_going(self, run_id: str) -> Run:
+        run = self._find(run_id)
+        if run.snapshot.state.finished:
+            raise precondition(f"run {run.snapshot.run_id} has ended ({run.snapshot.state.name.lower()})")
+        return run
+
+    def _work(self, run: Run, kind: str, stage: Stage) -> None:
+        run_id = run.snapshot.run_id
+        context = StageContext(
+            run=run,
+            store=self._store,
+            folder=self._config.folder / run_id,
+            device=self._config.device,
+            threads=self._config.compute_threads,
+        )
+        log.info("run started", run_id=run_id, stage=kind)
+        try:
+            STAGES[kind](stage, context)
+        except StopRun:
+            run.finish(RunState.STOPPED)
+        except Exception as error:
+            log.error("run failed", run_id=run_id, stage=kind, exc_info=error)
+            run.finish(RunState.FAILED, error=str(error) or type(error).__name__)
+        else:
+            run.finish(RunState.SUCCEEDED)
+        log.info("run ended", run_id=run_id, state=run.snapshot.state.name)
+
+
+def check_run_id(run_id: str) -> None:
+    """INVALID_ARGUMENT unless the id can name a folder of the store."""
+    try:
+        check_name("run_id", run_id)
+    except Exception as error:
+        raise invalid("run_id", str(error)) from error
+
+
+def status_proto(snapshot: RunSnapshot) -> trainer_pb2.RunStatus:
+    """A run's status as it travels."""
+    status = trainer_pb2.RunStatus(
+        run_id=snapshot.run_id,
+        stage=snapshot.stage,
+        state=trainer_pb2.RunState.ValueType(snapshot.state.value),
+        step=snapshot.step,
+        total_steps=snapshot.total_steps,
+        activity=snapshot.activity,
+        error=snapshot.error,
+        published=[version.to_proto() for version in snapshot.published],
+    )
+    status.started_at.FromDatetime(snapshot.started_at)
+    if snapshot.finished_at is not None:
+        status.finished_at.FromDatetime(snapshot.finished_at)
+    return status
+
+
+def metrics_proto(snapshot: RunSnapshot, event: StepMetrics) -> trainer_pb2.StepMetrics:
+    """A step's metrics as they travel."""
+    time = Timestamp()
+    time.FromDatetime(event.time)
+    return trainer_pb2.StepMetrics(
+        run_id=snapshot.run_id,
+        stage=snapshot.stage,
+        step=event.step,
+        total_steps=event.total_steps,
+        values=event.values,
+        time=time,
+    )
+
+
+async def _first_set(*events: asyncio.Event) -> None:
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+def main(config: TrainerConfig) -> int:
+    """Serve until SIGTERM; returns the exit code."""
+
+    async def load(context: ServerContext) -> list[Service]:
+        await asyncio.to_thread(check_selected_logprobs, config.device)
+        servicer = TrainerServicer(config, open_store(config.store), context.draining)
+        context.on_close(servicer.close)
+        return [Service(SERVICE_NAME, trainer_pb2_grpc.add_TrainerServiceServicer_to_server, servicer)]
+
+    return serve("trainer", config, services=[SERVICE_NAME], load=load)

@@ -1,0 +1,136 @@
+"""Stage 1, SFT: mean next-token NLL over response tokens, packed, averaged over the global token count.
+
+Publishes `policy` with the weights of the lowest held-out loss (of the end, without held-out data).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from trimtab.models.packing import plan_batches
+from trimtab.models.policy import Policy
+from trimtab.trainer.context import StageContext
+from trimtab.trainer.data import load_demonstrations, tokenize_demonstrations
+from trimtab.trainer.forward import TokenBatch, prepare_for_training, residual_dropout, response_logprobs, slice_batch
+from trimtab.trainer.metrics import MetricWriter
+from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate
+from trimtab.trainer.run import RunFailedError
+from trimtab.trainer.stages import SftConfig
+from trimtab_client import ModelVersion
+
+
+def run_sft(config: SftConfig, context: StageContext) -> None:
+    """Run the stage to its end; raises what stops it."""
+    stage = config.stage
+    context.run.doing("loading the model and the demonstrations")
+    policy, masters = load_policy(stage.model, stage.compute_dtype, context)
+    train = read_demonstrations(config.data, policy, stage.max_length)
+    validation = (
+        read_demonstrations(config.validation_data, policy, stage.max_length) if config.validation_data else None
+    )
+    prepare_for_training(policy.model, activation_checkpointing=stage.activation_checkpointing)
+    optimizer = MasterWeightOptimizer(policy.model, stage.optimizer, masters)
+    context.use_threads()
+
+    steps_per_epoch = -(-len(train) // config.batch_size)
+    total_steps = config.epochs * steps_per_epoch
+    context.run.plan(total_steps)
+    order = np.random.default_rng(stage.seed)
+    dropout = torch.Generator().manual_seed(stage.seed % (1 << 63))
+    best_loss, best_step, best_weights = float("inf"), 0, None
+
+    def publish(step: int, metrics: dict[str, float]) -> ModelVersion:
+        lineage = {"stage": "sft", "data": config.data, "start": stage.model}
+        return context.publish(policy, "policy", step, lineage=lineage, metrics=metrics)
+
+    with MetricWriter(context.run, context.folder) as writer:
+        step = 0
+        for _ in range(config.epochs):
+            permutation = order.permutation(len(train))
+            for start in range(0, len(train), config.batch_size):
+                rate = learning_rate(stage.optimizer, step, total_steps)
+                batch = permutation[start : start + config.batch_size].tolist()
+                context.run.doing("training")
+                with residual_dropout(policy, config.dropout, dropout):
+                    loss = accumulate_nll(policy, train, batch, stage.micro_batch_tokens, optimizer)
+                norm = optimizer.step(rate)
+                step += 1
+                metrics = {
+                    "loss": loss,
+                    "grad_norm_policy": norm,
+                    "learning_rate": rate,
+                    "epoch": step / steps_per_epoch,
+                }
+                if validation is not None and (step % config.evaluate_every_steps == 0 or step == total_steps):
+                    context.run.doing("evaluating on held-out demonstrations")
+                    metrics["validation_loss"] = mean_nll(policy, validation, stage.micro_batch_tokens)
+                    metrics["validation_perplexity"] = float(np.exp(metrics["validation_loss"]))
+                    if metrics["validation_loss"] < best_loss:
+                        best_loss, best_step = metrics["validation_loss"], step
+                        best_weights = copy.deepcopy(policy.model.state_dict())
+                writer.write(step, total_steps, metrics)
+                if not np.isfinite(loss):
+                    raise RunFailedError(f"step {step}: the loss is {loss}; lower learning_rate or check the data")
+                if step < total_steps:
+                    context.run.between_steps(partial(publish, step, {"loss": loss}))
+        if best_weights is not None:
+            policy.model.load_state_dict(best_weights)
+        final = {"loss": loss}
+        if validation is not None:
+            final |= {"validation_loss": best_loss, "chosen_step": float(best_step)}
+        context.run.doing("publishing the policy")
+        publish(total_steps, final)
+
+
+def load_policy(
+    source: str, compute_dtype: str, context: StageContext
+) -> tuple[Policy, dict[str, torch.Tensor] | None]:
+    """Load a policy to train; with bfloat16 compute also its float32 weights, which the masters start from."""
+    resolved = context.resolve(source)
+    policy = Policy.load(resolved.path_or_id, dtype="float32", device=context.device)
+    masters = None
+    if compute_dtype == "bfloat16":
+        masters = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
+        policy.model.to(torch.bfloat16)
+    return policy, masters
+
+
+def read_demonstrations(source: str, policy: Policy, max_length: int) -> TokenBatch:
+    """Demonstrations as token sequences that end with the policy's end token."""
+    eos = policy.eos_token_ids[0] if policy.eos_token_ids else None
+    limit = min(max_length, policy.max_length)
+    rows = tokenize_demonstrations(load_demonstrations(source), policy.tokenizer, limit, eos_token_id=eos)
+    kept = [(row.token_ids_T, max(1, row.prompt_length)) for row in rows if len(row.token_ids_T) >= 2]
+    if not kept:
+        raise RunFailedError(f"{source}: no demonstration fits into {limit} tokens")
+    return TokenBatch(tuple(ids for ids, _ in kept), tuple(prompt for _, prompt in kept))
+
+
+def accumulate_nll(
+    policy: Policy, data: TokenBatch, indices: Sequence[int], micro_batch_tokens: int, optimizer: MasterWeightOptimizer
+) -> float:
+    """Gradients of the batch's mean NLL over all its response tokens, whatever the micro-batches; returns the mean."""
+    lengths = [len(data.sequences[i]) for i in indices]
+    token_count = int(sum(data.response_lengths[i] for i in indices))
+    total = 0.0
+    for micro in plan_batches(lengths, micro_batch_tokens):
+        part = slice_batch(data, [indices[i] for i in micro], policy.device)
+        loss = -response_logprobs(policy, part).logprob_N.sum() / token_count
+        loss.backward()
+        optimizer.accumulate()
+        total += float(loss.detach())
+    return total
+
+
+@torch.no_grad()
+def mean_nll(policy: Policy, data: TokenBatch, micro_batch_tokens: int) -> float:
+    """Mean NLL over all response tokens, in nats."""
+    total = 0.0
+    for micro in plan_batches(data.lengths, micro_batch_tokens):
+        total -= float(response_logprobs(policy, slice_batch(data, micro, policy.device)).logprob_N.sum())
+    return total / int(data.response_lengths.sum())

@@ -1,0 +1,171 @@
+"""The typed config of each training stage: what `TrainerService.Start` takes, checked before anything is loaded.
+
+Field names are those of protos/trimtab/v1/trainer.proto; defaults are InstructGPT's (arXiv:2203.02155,
+appendix C) where it gives one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class StageConfigError(ValueError):
+    """A stage config that cannot run; `field` is its dotted path."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class OptimizerConfig(_Config):
+    """AdamW and its schedule; warm-up starts at a tenth of the rate."""
+
+    learning_rate: Positive = 9.65e-6
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Positive = 1e-5
+    weight_decay: NonNegative = 0.0
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Positive = 1.0
+
+
+class StageConfig(_Config):
+    """What the three stages share."""
+
+    model: Annotated[str, Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    micro_batch_tokens: Count = 8192
+    activation_checkpointing: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    max_length: Annotated[int, Field(ge=2)] = 2048
+
+
+class SftConfig(_Config):
+    """Supervised fine-tuning on demonstrations."""
+
+    stage: StageConfig
+    data: Annotated[str, Field(min_length=1)]
+    validation_data: str = ""
+    epochs: Count = 16
+    batch_size: Count = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    evaluate_every_steps: Count = 100
+
+
+class RewardModelConfig(_Config):
+    """A reward model from rankings."""
+
+    stage: StageConfig
+    data: Annotated[str, Field(min_length=1)]
+    validation_data: str = ""
+    epochs: Count = 1
+    batch_prompts: Annotated[int, Field(ge=1, le=64)] = 64
+    evaluate_every_steps: Count = 100
+    normalization_data: str = ""
+    generator_address: str = ""
+    normalization_max_tokens: Count = 128
+
+
+class PpoConfig(_Config):
+    """PPO against a reward service, a reference service and a generator service."""
+
+    stage: StageConfig
+    prompts: Annotated[str, Field(min_length=1)]
+    value_model: str = ""
+    generator_address: Annotated[str, Field(min_length=1)] = "127.0.0.1:7101"
+    reward_address: Annotated[str, Field(min_length=1)] = "127.0.0.1:7102"
+    reference_address: Annotated[str, Field(min_length=1)] = "127.0.0.1:7103"
+    steps: Count = 500
+    batch_size: Count = 512
+    minibatch_size: Count = 64
+    inner_epochs: Count = 1
+    samples_per_prompt: Count = 1
+    max_new_tokens: Count = 128
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    temperature: Positive = 1.0
+    ignore_eos: bool = False
+    kl_coefficient: NonNegative = 0.02
+    adaptive_kl_target: Positive | None = None
+    adaptive_kl_horizon: Positive = 10_000
+    gamma: Share = 1.0
+    gae_lambda: Share = 0.95
+    advantage: Literal["gae", "group"] = "gae"
+    clip_range: Positive = 0.2
+    value_clip_range: Positive = 0.2
+    value_coefficient: NonNegative = 0.1
+    entropy_coefficient: NonNegative = 0.0
+    whiten_rewards: bool = False
+    no_eos_score: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    target_approx_kl: Positive | None = None
+    importance_weight_cap: Positive = 2.0
+    publish_every_steps: Count = 1
+    value_optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=9e-6, beta2=0.999, schedule="constant", warmup_steps=10
+    )
+    value_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    score_text: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> PpoConfig:
+        if self.minibatch_size > self.batch_size or self.batch_size % self.minibatch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of minibatch_size {self.minibatch_size}")
+        if self.batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of samples_per_prompt {self.samples_per_prompt}"
+            )
+        if self.advantage == "group" and self.samples_per_prompt < 2:
+            raise ValueError("advantage 'group' needs samples_per_prompt of at least 2")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError("min_new_tokens is above max_new_tokens")
+        if self.publish_every_steps != 1:
+            raise ValueError("publish_every_steps must be 1: rollouts are strictly on-policy")
+        return self
+
+
+Stage = SftConfig | RewardModelConfig | PpoConfig
+_CLASSES: dict[str, type[SftConfig | RewardModelConfig | PpoConfig]] = {
+    "sft": SftConfig,
+    "reward_model": RewardModelConfig,
+    "ppo": PpoConfig,
+}
+PPO_OPTIMIZER: dict[str, Any] = {"learning_rate": 3e-6, "beta2": 0.999, "schedule": "constant", "warmup_steps": 10}
+REWARD_OPTIMIZER: dict[str, Any] = {"learning_rate": 9e-6}
+
+
+def parse_stage(kind: str, values: dict[str, Any]) -> Stage:
+    """Validate a stage's values; StageConfigError names the first bad field.
+
+    The policy optimizer's defaults differ by stage: 9.65e-6 (SFT), 9e-6 (reward model), 3e-6 constant (PPO).
+    """
+    presets = {"ppo": PPO_OPTIMIZER, "reward_model": REWARD_OPTIMIZER}.get(kind, {})
+    values = dict(values)
+    if isinstance(values.get("stage"), dict):
+        stage = dict(values["stage"])
+        stage["optimizer"] = presets | dict(stage.get("optimizer") or {})
+        values["stage"] = stage
+    try:
+        return _CLASSES[kind].model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise StageConfigError(".".join(map(str, first["loc"])) or kind, first["msg"]) from error
+
+
+def stage_from_proto(kind: str, message: Message) -> Stage:
+    """Validate the config of a Start request; 64-bit numbers arrive as text in JSON and are read as such."""
+    return parse_stage(kind, json_format.MessageToDict(message, preserving_proto_field_name=True))

@@ -1,0 +1,255 @@
+"""The PPO update: ratio 1 at the start, invariance to packing and micro-batches, hand-computed losses, resume state."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from trimtab_client import Completion, ModelVersion, VersionRun
+
+from trimtab.models.policy import Policy
+from trimtab.models.scalar_head import ScalarModel
+from trimtab.trainer.forward import response_logprobs, response_values, slice_batch
+from trimtab.trainer.optimizer import MasterWeightOptimizer
+from trimtab.trainer.ppo.experience import Episode, episode_scores, gather_experience
+from trimtab.trainer.ppo.loss import importance_weights, policy_terms, value_terms
+from trimtab.trainer.ppo.prompts import PromptSampler, completion_seed
+from trimtab.trainer.ppo.update import PpoUpdate, rollout_metrics
+from trimtab.trainer.stages import OptimizerConfig, PpoConfig, parse_stage
+
+VERSION = ModelVersion("r", "policy", 0, "blake3:0")
+
+
+def config(**changes) -> PpoConfig:
+    values = {
+        "stage": {"model": "m", "optimizer": {"learning_rate": 1e-3}},
+        "prompts": "p",
+        "batch_size": 8,
+        "minibatch_size": 4,
+    }
+    return parse_stage("ppo", values | changes)  # type: ignore[return-value]
+
+
+def experience_of(policy, seed=0, episodes=8):
+    """Random completions whose behaviour log-probs are the policy's own."""
+    random = np.random.default_rng(seed)
+    made = []
+    for index in range(episodes):
+        prompt = random.integers(3, 48, random.integers(1, 6)).astype(np.int32)
+        response = random.integers(3, 48, random.integers(1, 12)).astype(np.int32)
+        completion = Completion(
+            prompt_index=index,
+            sample_index=0,
+            prompt_token_ids=prompt,
+            token_ids=response,
+            logprobs=np.zeros(len(response), dtype=np.float32),
+            text="",
+            finish_reason="stop" if index % 2 else "length",
+            versions=(VersionRun(VERSION, len(response)),),
+            seed=index,
+        )
+        reference = random.normal(-3.5, 0.3, len(response)).astype(np.float32)
+        made.append(Episode(completion, float(index), float(random.normal()), reference))
+    experience = gather_experience(made)
+    part = slice_batch(experience.tokens, range(episodes))
+    with torch.no_grad():
+        experience.behaviour_R[part.flat_R] = response_logprobs(policy, part).logprob_N.float()
+    return experience
+
+
+def make_update(folder, dtype="float32", **changes):
+    cfg = config(**changes)
+    policy = Policy.load(str(folder), dtype=dtype)
+    value = ScalarModel.from_policy(policy, seed=1)
+    optimizers = [MasterWeightOptimizer(m.model, OptimizerConfig(learning_rate=1e-3)) for m in (policy, value)]
+    return PpoUpdate(cfg, policy, optimizers[0], value, optimizers[1], np.random.default_rng(0))
+
+
+def test_first_minibatch_has_ratio_one_and_no_kl(tiny_folder):
+    update = make_update(tiny_folder)
+    experience = experience_of(update.policy)
+    epoch = update.plan_epoch(experience)
+    targets = update.fix_targets(experience, epoch, 0.02)
+    sums = update._minibatch_gradients(epoch[0], targets, move_policy=True)
+    assert sums["ratio"] / sums["tokens"] == 1 and sums["ratio_max"] == 1
+    assert sums["approx_kl"] == 0
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [12, 40, 10_000])
+def test_first_gradients_do_not_depend_on_micro_batches_or_packing_order(tiny_folder, micro_batch_tokens):
+    def gradients(tokens, reverse):
+        update = make_update(tiny_folder, stage={"model": "m", "micro_batch_tokens": tokens})
+        experience = experience_of(update.policy)
+        first, *rest = update.plan_epoch(experience)
+        targets = update.fix_targets(experience, [first, *rest], 0.02)
+        update._minibatch_gradients(first[::-1] if reverse else first, targets, move_policy=True)
+        models = (update.policy.model, update.value_model.model)
+        return [p.grad for model in models for p in model.parameters() if p.grad is not None]
+
+    ours, whole = gradients(micro_batch_tokens, True), gradients(100_000, False)
+    assert len(ours) == len(whole) > 20
+    for got, want in zip(ours, whole, strict=True):
+        assert float((got - want).norm()) <= 1e-5 * float(want.norm()) + 1e-9
+
+
+def test_twenty_steps_in_float64_agree_across_micro_batch_sizes(tiny_folder):
+    def train(tokens):
+        update = make_update(tiny_folder, dtype="float64", stage={"model": "m", "micro_batch_tokens": tokens})
+        experience = experience_of(update.policy)
+        for _ in range(10):  # two minibatches each
+            epoch = update.plan_epoch(experience)
+            update.optimize(experience, epoch, update.fix_targets(experience, epoch, 0.02), 1e-3, 1e-3)
+        return torch.cat([p.detach().flatten() for p in update.policy.model.parameters()])
+
+    assert float((train(15) - train(100_000)).abs().max()) < 1e-9
+
+
+def test_old_values_at_step_zero_equal_the_normalised_reward_model(tiny_folder, tmp_path):
+    policy = Policy.load(str(tiny_folder))
+    reward = ScalarModel.from_policy(policy, seed=3)
+    reward.set_normalization(0.7, 2.5)
+    reward.save(tmp_path / "reward")
+    value = ScalarModel.load(str(tmp_path / "reward"))
+    value.fold_normalization()
+    experience = experience_of(policy)
+    part = slice_batch(experience.tokens, range(8))
+    with torch.no_grad():
+        want = reward.normalized(reward.scores(part.packed))[part.positions_R]
+        torch.testing.assert_close(response_values(value, part), want, rtol=1e-5, atol=1e-6)
+
+
+def test_prompt_tokens_get_no_loss_reward_or_gradient(tiny_folder):
+    policy = Policy.load(str(tiny_folder))
+    experience = experience_of(policy)
+    part = slice_batch(experience.tokens, [2])
+    prompt, response = experience.tokens.prompt_lengths[2], int(experience.tokens.response_lengths[2])
+    assert len(part.targets_R) == response
+    assert part.positions_R.tolist() == list(range(prompt - 1, prompt + response - 1))
+
+
+def test_policy_loss_by_hand():
+    old = torch.zeros(4)
+    logp = torch.tensor([1.5, 0.5, 1.0, 0.9]).log()
+    advantages, weights = torch.tensor([1.0, 1.0, -2.0, -1.0]), torch.tensor([1.0, 2.0, 1.0, 1.0])
+    loss, statistics = policy_terms(logp, old, advantages, weights, 0.2)
+    # clipped at 1.2; 0.5 not clipped (min), weight 2; -2·1; -1·0.9
+    assert float(loss) == pytest.approx(-(1.2 + 2 * 0.5 - 2.0 - 0.9), rel=1e-6)
+    assert statistics["clipped_policy"] == 1 and statistics["ratio_max"] == pytest.approx(1.5)
+
+
+def test_value_loss_by_hand():
+    loss, statistics = value_terms(torch.tensor([1.0, 0.1]), torch.zeros(2), torch.tensor([1.0, 1.0]), 0.2)
+    # max((1-1)², (0.2-1)²) = 0.64; max(0.81, 0.81) = 0.81
+    assert float(loss) == pytest.approx(0.5 * (0.64 + 0.81), rel=1e-6)
+    assert statistics["clipped_value"] == 1
+
+
+def test_importance_weights_are_truncated():
+    weights = importance_weights(torch.tensor([0.0, 3.0, -1.0]), torch.zeros(3), 2.0)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 2.0, float(np.exp(-1))]))
+
+
+def test_no_eos_score_replaces_the_score(tiny_folder):
+    experience = experience_of(Policy.load(str(tiny_folder)))
+    scores = episode_scores(experience, -1.0)
+    for index, ended in enumerate(experience.ended_B):
+        assert float(scores[index]) == (float(experience.normalized_B[index]) if ended else -1.0)
+    assert torch.equal(episode_scores(experience, None), experience.normalized_B)
+
+
+def test_a_non_finite_loss_moves_nothing_and_is_counted(tiny_folder):
+    update = make_update(tiny_folder)
+    experience = experience_of(update.policy)
+    experience.reference_R[3] = float("nan")
+    before = copy.deepcopy(update.policy.model.state_dict())
+    epoch = update.plan_epoch(experience)
+    metrics = update.optimize(experience, epoch, update.fix_targets(experience, epoch, 0.02), 1e-3, 1e-3)
+    assert metrics["skipped_steps"] == 2
+    assert all(torch.equal(before[k], v) for k, v in update.policy.model.state_dict().items())
+
+
+def test_value_warm_up_leaves_the_policy_alone(tiny_folder):
+    update = make_update(tiny_folder)
+    experience = experience_of(update.policy)
+    before = copy.deepcopy(update.policy.model.state_dict())
+    epoch = update.plan_epoch(experience)
+    targets = update.fix_targets(experience, epoch, 0.02)
+    update.optimize(experience, epoch, targets, 1e-3, 1e-3, move_policy=False)
+    assert all(torch.equal(before[k], v) for k, v in update.policy.model.state_dict().items())
+    assert update.optimize(experience, epoch, targets, 1e-3, 1e-3)["grad_norm_policy"] > 0
+
+
+def test_rollout_metrics_measure_kl_per_sequence(tiny_folder):
+    update = make_update(tiny_folder)
+    experience = experience_of(update.policy)
+    targets = update.fix_targets(experience, update.plan_epoch(experience), 0.02)
+    metrics = rollout_metrics(experience, targets)
+    expected = float((targets.old_R - experience.reference_R).sum()) / 8
+    assert metrics["kl_nats_per_sequence"] == pytest.approx(expected)
+    assert metrics["logprob_gap_max"] < 1e-5
+
+
+def test_bfloat16_compute_keeps_float32_masters(tiny_folder):
+    policy = Policy.load(str(tiny_folder))
+    masters = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    policy.model.to(torch.bfloat16)
+    optimizer = MasterWeightOptimizer(policy.model, OptimizerConfig(), masters)
+    part = slice_batch(experience_of(policy).tokens, range(8))
+    for _ in range(3):  # steps too small for bfloat16 add up in the masters
+        response_logprobs(policy, part).logprob_N.mean().backward()
+        optimizer.accumulate()
+        optimizer.step(1e-6)
+    name, parameter = next(iter(policy.model.named_parameters()))
+    assert parameter.dtype == torch.bfloat16 and optimizer.masters[0].dtype == torch.float32
+    assert not torch.equal(optimizer.masters[0], masters[name])
+    assert torch.equal(parameter, optimizer.masters[0].bfloat16())
+
+
+def test_optimizer_state_restores_bitwise(tiny_folder):
+    def steps(optimizer, policy, count):
+        part = slice_batch(experience_of(policy).tokens, range(8))
+        for _ in range(count):
+            response_logprobs(policy, part).logprob_N.mean().backward()
+            optimizer.accumulate()
+            optimizer.step(1e-3)
+
+    policy = Policy.load(str(tiny_folder))
+    optimizer = MasterWeightOptimizer(policy.model, OptimizerConfig())
+    steps(optimizer, policy, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    steps(optimizer, policy, 2)
+    other = Policy.load(str(tiny_folder))
+    resumed = MasterWeightOptimizer(other.model, OptimizerConfig())
+    resumed.load_state_dict(saved)
+    steps(resumed, other, 2)
+    for a, b in zip(policy.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_prompt_sampler_shows_each_prompt_once_a_pass_and_resumes():
+    prompts = [np.array([i], dtype=np.int32) for i in range(10)]
+    sampler = PromptSampler(prompts, seed=0)
+    first = [int(p[0]) for p in sampler.draw(10)]
+    assert sorted(first) == list(range(10))
+    state = sampler.state_dict()
+    ahead = [int(p[0]) for p in sampler.draw(7)]
+    resumed = PromptSampler(prompts, seed=5)
+    resumed.load_state_dict(state)
+    assert [int(p[0]) for p in resumed.draw(7)] == ahead
+
+
+def test_completion_seeds_differ_and_repeat():
+    seeds = {completion_seed(r, s, p, k) for r in range(2) for s in range(3) for p in range(4) for k in range(5)}
+    assert len(seeds) == 120 and completion_seed(1, 2, 3, 4) == completion_seed(1, 2, 3, 4)
+
+
+def test_importing_configs_refuses_what_does_not_fit():
+    for changes, word in (
+        ({"minibatch_size": 3}, "multiple"),
+        ({"advantage": "group"}, "samples_per_prompt"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"unknown": 1}, "unknown"),
+        ({"kl_coefficient": float("nan")}, "kl_coefficient"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            config(**changes)

@@ -1,0 +1,109 @@
+"""The reward model's loss: all untied pairs from K forwards, weight 1 a prompt."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from trimtab.models.policy import Policy
+from trimtab.models.scalar_head import ScalarModel
+from trimtab.trainer.data import TokenizedRanking, TokenSequence
+from trimtab.trainer.optimizer import MasterWeightOptimizer
+from trimtab.trainer.rankings import plan_ranking_batches, score_rankings, untied_pairs
+from trimtab.trainer.reward_model import accumulate_pair_loss, ranking_loss
+from trimtab.trainer.reward_report import evaluate_rankings
+from trimtab.trainer.stages import OptimizerConfig
+
+
+def one_by_one(scores, ranks):
+    losses = [
+        math.log1p(math.exp(-(scores[a] - scores[b])))
+        for a, b in itertools.permutations(range(len(ranks)), 2)
+        if ranks[a] < ranks[b]
+    ]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("ranks", [[1, 2], [2, 1, 3, 3], [1, 1, 2, 3, 3, 4, 5, 6, 6]])
+def test_loss_equals_the_mean_over_untied_pairs_one_by_one(ranks):
+    scores = torch.randn(len(ranks), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss, _ = ranking_loss(scores, np.array(ranks))
+    assert float(loss) == pytest.approx(one_by_one(scores.tolist(), ranks), rel=1e-12)
+
+
+def test_permuting_responses_changes_nothing():
+    ranks, scores = np.array([3, 1, 2, 2, 4]), torch.randn(5, dtype=torch.float64)
+    order = np.random.default_rng(0).permutation(5)
+    torch.testing.assert_close(ranking_loss(scores, ranks)[0], ranking_loss(scores[order], ranks[order])[0])
+
+
+def test_ties_give_no_gradient():
+    scores = torch.randn(4, requires_grad=True)
+    ranking_loss(scores, np.array([1, 1, 1, 2]))[0].backward()
+    torch.testing.assert_close(scores.grad.sum(), torch.tensor(0.0), atol=1e-7, rtol=0)
+    pair = torch.randn(2, requires_grad=True)
+    assert len(untied_pairs(np.array([2, 2]))[0]) == 0 and pair.grad is None
+
+
+def rankings(count=6, seed=0):
+    random = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        k = int(random.integers(2, 6))
+        sequences = tuple(
+            TokenSequence(random.integers(3, 48, random.integers(3, 14)).astype(np.int32), 1) for _ in range(k)
+        )
+        ranks = np.concatenate([[1, 2], random.integers(1, 4, k - 2)])
+        made.append(TokenizedRanking(sequences, ranks, "someone", f"task {number}"))
+    return made
+
+
+def test_gradients_do_not_depend_on_micro_batches(tiny_folder):
+    def gradients(tokens):
+        model = ScalarModel.from_policy(Policy.load(str(tiny_folder)), seed=0)
+        optimizer = MasterWeightOptimizer(model.model, OptimizerConfig())
+        loss, _ = accumulate_pair_loss(model, rankings(), tokens, optimizer)
+        return loss, [p.grad for p in model.model.parameters()]
+
+    (loss_a, grads_a), (loss_b, grads_b) = gradients(30), gradients(100_000)
+    assert loss_a == pytest.approx(loss_b, rel=1e-6)
+    for a, b in zip(grads_a, grads_b, strict=True):
+        assert float((a - b).norm()) <= 1e-5 * float(b.norm()) + 1e-9
+
+
+def test_micro_batches_keep_rankings_whole():
+    made = rankings(10)
+    plan = plan_ranking_batches(made, 60)
+    assert [i for batch in plan for i in batch] == list(range(10)) and len(plan) > 1
+
+
+def test_scores_do_not_depend_on_batch_mates(tiny_folder):
+    model = ScalarModel.from_policy(Policy.load(str(tiny_folder)), seed=0)
+    made = rankings()
+    with torch.no_grad():
+        together = score_rankings(model, made)
+        alone = [score_rankings(model, [ranking])[0] for ranking in made]
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_head_starts_with_deviation_one_over_root_d_plus_one(tiny_folder):
+    policy = Policy.load(str(tiny_folder))
+    weights = torch.cat([ScalarModel.from_policy(policy, seed=s).model.score.weight.flatten() for s in range(64)])
+    assert float(weights.std()) == pytest.approx(33**-0.5, rel=0.05)
+
+
+def test_report_counts_accuracy_over_untied_pairs(tiny_folder):
+    model = ScalarModel.from_policy(Policy.load(str(tiny_folder)), seed=0)
+    made = rankings(20)
+    report = evaluate_rankings(model, made, 1000)
+    with torch.no_grad():
+        scores = [s.tolist() for s in score_rankings(model, made)]
+    right = total = 0
+    for s, ranking in zip(scores, made, strict=True):
+        for w, l in zip(*untied_pairs(ranking.ranks_K), strict=True):
+            right, total = right + (s[w] > s[l]), total + 1
+    assert report.pairs == total and report.accuracy == pytest.approx(right / total)
+    assert report.accuracy_low <= report.accuracy <= report.accuracy_high
