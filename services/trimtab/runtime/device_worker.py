@@ -1,0 +1,40 @@
+"""The one thread that touches the model.
+
+torch work of a server never runs on the event loop and never on two threads at once; handlers await `run`. Batching is
+`batcher`'s business, not this module's.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class DeviceWorker:
+    """A named thread that runs functions one after another, in the order they were given.
+
+    `threads` is the process's budget of compute threads (`torch.set_num_threads`), set on the worker's own thread
+    because torch keeps part of it per thread; None leaves torch's own choice.
+    """
+
+    def __init__(self, name: str, *, threads: int | None = None) -> None:
+        self._threads = threads
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=self._set_thread_budget)
+
+    async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run on the worker's thread and return its result; a caller cancelled while it waits in line runs nothing."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
+
+    def close(self, *, wait: bool = True) -> None:
+        """Drop what waits; with `wait` return only when the running function has ended."""
+        self._executor.shutdown(wait=wait, cancel_futures=True)
+
+    def _set_thread_budget(self) -> None:
+        if self._threads is not None:
+            import torch
+
+            torch.set_num_threads(self._threads)
