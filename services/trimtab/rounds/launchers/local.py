@@ -42,7 +42,7 @@ class Supervisor:
         *,
         on_event: Callable[[ProcessStatus], None] = lambda status: None,
         policy: RestartPolicy | None = None,
-        grace_s: float = 15.0,
+        grace_s: float = 35.0,
     ) -> None:
         self._on_event = on_event
         self._policy = policy or RestartPolicy()
@@ -104,6 +104,12 @@ class Supervisor:
             if status.state == ProcessState.FAILED and (not names or status.name in names):
                 raise LaunchError(f"{status.name}: {status.message} (log: {status.log_path})")
 
+    def raise_late(self, timeout_s: float) -> None:
+        """LaunchError if a process has been starting (or restarting) for longer than `timeout_s`."""
+        for status in self.statuses():
+            if status.state == ProcessState.STARTING and time.monotonic() - status.since > timeout_s:
+                raise LaunchError(f"{status.name} did not serve within {timeout_s:g} s (log: {status.log_path})")
+
     def remove(self, name: str) -> None:
         """Stop one process and forget it; returns once it has ended."""
         process = self._processes[name]
@@ -114,10 +120,17 @@ class Supervisor:
             del self._processes[name]
 
     def stop(self, grace_s: float | None = None) -> None:
-        """Stop all processes and return once they have ended; `grace_s` shortens the wait before SIGKILL."""
+        """Stop all processes and return once they have ended; `grace_s` shortens the wait before SIGKILL.
+
+        A KeyboardInterrupt while it waits (a second ctrl-C) kills them at once.
+        """
         self.request_stop(grace_s)
-        if self._thread.is_alive():
-            self._thread.join()
+        try:
+            self._join()
+        except KeyboardInterrupt:
+            self.request_stop(0)
+            self._join()
+            raise
 
     def request_stop(self, grace_s: float | None = None) -> None:
         """What `stop` does, without waiting; asked again with 0 it kills at once."""
@@ -126,6 +139,10 @@ class Supervisor:
             for process in self._processes.values():
                 process.request_stop(grace_s)
             self._changed.notify_all()
+
+    def _join(self) -> None:
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _wait_for_change(self) -> None:
         with self._changed:

@@ -1,0 +1,62 @@
+# Everything runs from .venv, which `make install` makes. VENV=… takes another one, PYTHON=… another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.trimtab-installed
+PYTEST_ARGS ?=
+
+.PHONY: help install lint wire wheels unit test test-all demo bench protos format clean
+
+help:                  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 24
+
+install: $(STAMP)      ## .venv with trimtab, its client and every tool, pinned by constraints.txt
+
+$(STAMP): constraints.txt pyproject.toml clients/python/pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e clients/python -e '.[dev]'
+	touch $(STAMP)
+
+lint: install          ## ruff, pyright, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/lint-imports
+
+wire: install          ## buf lint, breaking changes, freshness of the generated stubs
+	$(BIN)/buf lint
+	.ci/proto_breaking.sh $(abspath $(BIN))/buf
+	$(BIN)/python clients/python/generate_stubs.py --check
+
+wheels: install        ## both wheels; the client's is tried in an empty environment
+	rm -rf dist build/empty-venv
+	$(BIN)/python -m build --wheel --outdir dist clients/python
+	$(BIN)/python -m build --wheel --outdir dist .
+	$(PYTHON) -m venv build/empty-venv
+	build/empty-venv/bin/python -m pip install --quiet -c constraints.txt dist/trimtab_client-*.whl
+	cd build && empty-venv/bin/python -c "import sys, trimtab_client; assert 'torch' not in sys.modules; print('client wheel imports without torch')"
+
+unit: install          ## pytest without the slow tests, with coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+test: lint wire wheels unit  ## everything that proves the product, within 15 minutes
+
+test-all: lint wire wheels   ## and the long proofs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+demo: install          ## the three stages on real data, in minutes on two cores
+	$(BIN)/trimtab demo
+
+bench: install         ## side-by-side measurements
+	$(BIN)/python -m benchmarks
+
+protos: install        ## generate the stubs from protos/
+	$(BIN)/python clients/python/generate_stubs.py
+
+format: install        ## fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:                 ## what builds and tests leave
+	rm -rf build dist .pytest_cache .ruff_cache .coverage

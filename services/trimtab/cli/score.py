@@ -1,0 +1,49 @@
+"""`trimtab score`: score responses with a running reward model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trimtab.cli.errors import CommandError
+from trimtab.cli.rows import read_rows
+
+
+def score(
+    responses: Annotated[list[str] | None, typer.Argument(help="Responses to --prompt; none: JSON rows.")] = None,
+    prompt: Annotated[str, typer.Option(help="The prompt that the responses answer.")] = "",
+    file: Annotated[
+        Path | None, typer.Option(help='JSONL rows {"prompt", "response"} or {"messages"}; - is stdin.')
+    ] = None,
+    address: Annotated[str, typer.Option(help="HOST:PORT of the service; several by commas.")] = "127.0.0.1:7102",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON row a response.")] = False,
+) -> None:
+    """Score responses: the raw score and the score normalised by the reward model's own mean and deviation."""
+    from trimtab_client import RewardClient
+
+    rows: list[dict[str, Any]] = [{"prompt": prompt, "response": text} for text in responses or []]
+    rows = rows or read_rows(file, None)
+    chats = ["messages" in row for row in rows]
+    if any(chats) and not all(chats):
+        raise CommandError('either all rows have "messages" or none has')
+    with RewardClient(address) as client:
+        if all(chats):
+            scores = client.score_chats([row["messages"] for row in rows])
+        else:
+            scores = client.score_texts([_pair(row) for row in rows])
+    for row, raw, normalized in zip(rows, scores.scores, scores.normalized_scores, strict=True):
+        if as_json:
+            result = {**row, "score": float(raw), "normalized_score": float(normalized), "version": str(scores.version)}
+            typer.echo(json.dumps(result, ensure_ascii=False))
+        else:
+            shown = row["response"] if "response" in row else row["messages"][-1].get("content", "")
+            typer.echo(f"{raw:.4f}\t{normalized:.4f}\t{' '.join(str(shown).split())}")
+
+
+def _pair(row: dict[str, Any]) -> tuple[str, str]:
+    if "response" not in row:
+        raise CommandError(f'a row needs "prompt" and "response", or "messages"; got the keys {sorted(row)}')
+    return str(row.get("prompt", "")), str(row["response"])

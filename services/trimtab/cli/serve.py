@@ -1,0 +1,45 @@
+"""`trimtab serve NAME`: run one service in this process until SIGTERM."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trimtab.cli.settings import merged, parse_assignments
+
+
+class Service(StrEnum):
+    """The services that can be served."""
+
+    GENERATOR = "generator"
+    REWARD = "reward"
+    REFERENCE = "reference"
+    TRAINER = "trainer"
+
+
+def serve(
+    name: Annotated[Service, typer.Argument(help="Which service.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file of the service's settings.")] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, hub id, or version:RUN/NAME[@STEP].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    store: Annotated[str | None, typer.Option(help="Folder or fsspec URL of the version store.")] = None,
+) -> None:
+    """Run one service until SIGTERM. Settings come from the file, then TRIMTAB_* variables, then flags."""
+    from trimtab.rounds.launchers.services import SERVICES, thread_environment
+    from trimtab.runtime.config import load_config
+
+    flags: dict[str, Any] = {"model": model, "port": port, "store": store}
+    given = {key: value for key, value in flags.items() if value is not None}
+    kind = SERVICES[name.value]
+    config_class = getattr(importlib.import_module(kind.config_module), kind.config_class)
+    settings = load_config(config_class, config, merged(parse_assignments(assignments or []), given))
+    if settings.threads:  # read by OpenMP when torch is first imported
+        for key, value in thread_environment(settings.threads).items():
+            os.environ.setdefault(key, value)
+    raise typer.Exit(importlib.import_module(kind.service_module).main(settings))
