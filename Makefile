@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.trimtab-installed
 PYTEST_ARGS ?=
+export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help install lint wire wheels unit test test-all demo bench protos format clean
 
@@ -22,7 +23,7 @@ lint: install          ## ruff, pyright, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/lint-imports
+	$(BIN)/lint-imports
 
 wire: install          ## buf lint, breaking changes, freshness of the generated stubs
 	$(BIN)/buf lint
