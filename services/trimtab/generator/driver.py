@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from trimtab.generator.engine import Engine, FailedSequence, FinishedSequence, Outcome, SequenceRequest
+from trimtab.generator.engine import Engine, FailedSequence, FailureReason, FinishedSequence, Outcome, SequenceRequest
 from trimtab.runtime.device_worker import DeviceWorker
 from trimtab.runtime.errors import exhausted
 from trimtab.runtime.logs import get_logger
@@ -18,8 +18,6 @@ from trimtab.runtime.metrics import Metrics
 log = get_logger(__name__)
 
 BURST_S = 0.02
-# How long to wait before looking again when all that waits wants a version that is not served.
-BLOCKED_S = 0.01
 FAILED_STEP = "the engine failed while it sampled this; the server's log says why"
 
 
@@ -78,7 +76,7 @@ class EngineDriver:
         if count > room:
             hopeless = count > self._queue_limit
             raise exhausted(
-                f"{count} sequences do not fit the queue: {engine.waiting} wait already, its limit is {self._queue_limit}"
+                f"{count} sequences do not fit the queue: {engine.waiting} wait, its limit is {self._queue_limit}"
                 + ("; send fewer sequences in a request" if hopeless else ""),
                 retry_after_s=None if hopeless else 1.0,
             )
@@ -113,12 +111,10 @@ class EngineDriver:
         except Exception as error:
             log.error("engine step failed; its sequences are given up", exc_info=error)
             lost = await self._worker.run(self.engine.reset)
-            outcomes = [FailedSequence(sequence_id, FAILED_STEP) for sequence_id in lost]
+            outcomes = [FailedSequence(sequence_id, FailureReason.BROKEN, FAILED_STEP) for sequence_id in lost]
         for outcome in outcomes:
             self._deliver(outcome)
         self._metrics.queue_depth.set(self.engine.waiting)
-        if self.engine.waiting and not self.engine.live:
-            await asyncio.sleep(BLOCKED_S)
 
     def _burst(self) -> list[Outcome]:
         """Step until something ends, nothing is live, or the visit has taken long enough. Worker's thread."""

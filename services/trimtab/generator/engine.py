@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
+
 from trimtab_client.versions import ModelVersion
 
 
@@ -88,13 +89,24 @@ class FinishedSequence:
     runs: tuple[TokenRun, ...]
 
 
+class FailureReason(StrEnum):
+    """Why a sequence ended without a response."""
+
+    # Its deadline passed before it was started.
+    EXPIRED = "expired"
+    # It does not accept the version that serves now.
+    VERSION = "version"
+    # The engine or the model is at fault.
+    BROKEN = "broken"
+
+
 @dataclass(frozen=True)
 class FailedSequence:
-    """A sequence that ended without a response; `expired` where its deadline passed before it was started."""
+    """A sequence that ended without a response."""
 
     sequence_id: int
+    reason: FailureReason
     message: str
-    expired: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,7 @@ class Engine(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """Whether there is anything a step could do, now or once another version serves."""
+        """Whether there is anything for a step to do."""
         ...
 
     def submit(self, requests: Sequence[SequenceRequest]) -> None:

@@ -27,10 +27,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from trimtab_client.versions import ModelVersion
 
 from trimtab.generator.engine import FinishedSequence, Outcome, Sampling, SequenceRequest
 from trimtab.generator.local.scheduler import LocalEngine
+from trimtab_client.versions import ModelVersion
 
 VOCAB_SIZE = 260
 EOS = 257
@@ -89,7 +89,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     backend.add_special_tokens(["<s>", "</s>", "<pad>"])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

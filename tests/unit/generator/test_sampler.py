@@ -50,7 +50,7 @@ def test_uniforms_depend_on_seed_and_position_alone() -> None:
     assert batch.tolist() == alone
     assert len(set(alone)) == 4
     many = uniforms(np.arange(DRAWS).astype(np.uint64), np.zeros(DRAWS))
-    assert 0 <= many.min() and many.max() < 1 and abs(many.mean() - 0.5) < 0.01
+    assert many.min() >= 0 and many.max() < 1 and abs(many.mean() - 0.5) < 0.01
 
 
 def test_derived_seeds_differ_for_every_sample() -> None:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trimtab_client.versions import ModelVersion
 
 from trimtab.generator.engine import (
     FailedSequence,
+    FailureReason,
     FinishedSequence,
     FinishReason,
     Outcome,
@@ -28,7 +28,8 @@ from trimtab.generator.engine import (
 from trimtab.generator.local.runner import ModelRunner, check_weights
 from trimtab.generator.local.sampler import sample
 from trimtab.generator.local.slots import Slot, SlotTable
-from trimtab.generator.local.stop_strings import StopStrings, text_before_stop
+from trimtab.generator.local.stop_strings import StopStrings, response_text
+from trimtab_client.versions import ModelVersion
 
 NON_FINITE = "the model gave logits that are not finite numbers; the weights of this version are broken"
 
@@ -51,7 +52,8 @@ class LocalEngine:
         version: what `model` holds now.
         max_length: prompt and response together, tokens.
         max_slots: most sequences decoded at once.
-        prefill_tokens: most prompt tokens (padding counted) computed between two decode steps; a longer prompt goes alone.
+        prefill_tokens: most prompt tokens (padding counted) computed between two decode steps; a longer prompt goes
+            alone.
 
     Raises:
         ValueError: an architecture this engine cannot serve.
@@ -107,7 +109,7 @@ class LocalEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is anything a step could do, now or once another version serves."""
+        """Whether there is anything for a step to do."""
         with self._lock:
             asked = bool(self._inbox or self._cancelled or self._pending)
         return asked or bool(self._queue) or self.live > 0
@@ -132,7 +134,7 @@ class LocalEngine:
             return done
         with self._lock:
             replaced, self._pending = self._pending, PendingSwap(staged, mode, done)
-        if replaced is not None:
+        if replaced is not None and replaced.done.set_running_or_notify_cancel():
             replaced.done.set_exception(ValueError(f"{replaced.staged.version} was replaced by {staged.version}"))
         return done
 
@@ -151,29 +153,22 @@ class LocalEngine:
     @torch.inference_mode()
     def step(self) -> list[Outcome]:
         """Swap if due, prefill into free slots, decode one token for every live sequence; return what ended."""
-        outcomes: list[Outcome] = list(self._take_messages())
+        self._take_messages()
         self._swap_if_due()
-        outcomes += self._admit()
+        outcomes = self._admit()
         if self.live:
             outcomes += self._decode()
         return outcomes
 
-    def _take_messages(self) -> list[FailedSequence]:
-        """Apply submits and cancels; drop what waited past its deadline."""
+    def _take_messages(self) -> None:
+        """Apply submits and cancels."""
         with self._lock:
             self._queue.extend(self._inbox)
             self._inbox.clear()
             cancelled, self._cancelled = self._cancelled, set()
         if cancelled:
             self._queue = deque(request for request in self._queue if request.sequence_id not in cancelled)
-            rows = [row for row, slot in enumerate(self._table.slots) if slot.request.sequence_id in cancelled]
-            self._release(rows)
-        now_s = time.monotonic()
-        expired = [request for request in self._queue if request.deadline_s is not None and request.deadline_s <= now_s]
-        if expired:
-            gone = {request.sequence_id for request in expired}
-            self._queue = deque(request for request in self._queue if request.sequence_id not in gone)
-        return [FailedSequence(request.sequence_id, "the deadline passed while it waited", True) for request in expired]
+            self._release([row for row, slot in enumerate(self._table.slots) if slot.request.sequence_id in cancelled])
 
     def _swap_if_due(self) -> None:
         pending = self._pending
@@ -186,6 +181,8 @@ class LocalEngine:
         with self._lock:
             if self._pending is pending:
                 self._pending = None
+        if not pending.done.set_running_or_notify_cancel():
+            return
         self._runner.load_weights(pending.staged.tensors)
         self._version = pending.staged.version
         for row, slot in enumerate(self._table.slots):
@@ -221,13 +218,12 @@ class LocalEngine:
 
     def _admit(self) -> list[Outcome]:
         """Move sequences from the queue into free slots, up to the prefill budget, and sample their first tokens."""
-        chosen = self._choose()
+        chosen, failed = self._choose()
         if not chosen:
-            return []
+            return failed
         first = self.live
         for request in chosen:
-            stops = StopStrings(self._tokenizer, request.sampling.stop) if request.sampling.stop else None
-            self._table.add(Slot(request, stops, [(self._version, 0)]), self._max_length)
+            self._table.add(Slot(request, self._stops_of(request), [(self._version, 0)]), self._max_length)
         prompts: list[np.ndarray] = []
         copies: list[int] = []
         for before, request in zip([None, *chosen], chosen, strict=False):
@@ -237,18 +233,29 @@ class LocalEngine:
                 prompts.append(request.prompt_ids)
                 copies.append(1)
         logits = self._runner.prefill(prompts, first_row=first, copies=copies)
-        return self._sample(slice(first, self.live), logits)
+        return failed + self._sample(slice(first, self.live), logits)
 
-    def _choose(self) -> list[SequenceRequest]:
-        """The next sequences to start, in order of arrival, within the free slots and the prefill budget."""
-        free = self._table.max_slots - self.live
-        pending, chosen, skipped = self._pending, [], deque()
+    def _stops_of(self, request: SequenceRequest) -> StopStrings | None:
+        stops = request.sampling.stop
+        return StopStrings(self._tokenizer, stops, request.prompt_ids) if stops else None
+
+    def _choose(self) -> tuple[list[SequenceRequest], list[Outcome]]:
+        """The next sequences to start, in order of arrival, within the free slots and the prefill budget.
+
+        And those found on the way that can no longer start.
+        """
+        free, pending, now_s = self.free_slots, self._pending, time.monotonic()
+        chosen: list[SequenceRequest] = []
+        failed: list[Outcome] = []
+        held: list[SequenceRequest] = []
         prompts, width, last_key = 0, 0, None
         while self._queue and len(chosen) < free:
             request = self._queue.popleft()
-            held = pending is not None and pending.mode is SwapMode.DRAIN and not self._holds_back(request, pending)
-            if held or (request.accepts is not None and not request.accepts(self._version)):
-                skipped.append(request)
+            if failure := self._refuse(request, now_s):
+                failed.append(failure)
+                continue
+            if pending is not None and pending.mode is SwapMode.DRAIN and not self._holds_back(request, pending):
+                held.append(request)
                 continue
             if request.prompt_key != last_key:
                 new_width = max(width, len(request.prompt_ids))
@@ -257,8 +264,17 @@ class LocalEngine:
                     break
                 prompts, width, last_key = prompts + 1, new_width, request.prompt_key
             chosen.append(request)
-        self._queue.extendleft(reversed(skipped))
-        return chosen
+        self._queue.extendleft(reversed(held))
+        return chosen, failed
+
+    def _refuse(self, request: SequenceRequest, now_s: float) -> FailedSequence | None:
+        """Why a request that is next in line cannot start any more, or None."""
+        if request.deadline_s is not None and request.deadline_s <= now_s:
+            return FailedSequence(request.sequence_id, FailureReason.EXPIRED, "the deadline passed while it waited")
+        if request.accepts is not None and not request.accepts(self._version):
+            message = f"{self._version} has come to serve, which the request does not accept"
+            return FailedSequence(request.sequence_id, FailureReason.VERSION, message)
+        return None
 
     def _decode(self) -> list[Outcome]:
         """Feed every live sequence its newest token and sample the next."""
@@ -274,9 +290,8 @@ class LocalEngine:
         sampled = sample(logits_BV, self._table.sample_rows(rows), banned_BV)
         ended = self._table.record(rows, sampled)
         broken = [rows.start + int(offset) for offset in np.flatnonzero(np.isnan(sampled.logprobs))]
-        outcomes: list[Outcome] = [
-            FailedSequence(self._table.slots[row].request.sequence_id, NON_FINITE) for row in broken
-        ]
+        failed_ids = [self._table.slots[row].request.sequence_id for row in broken]
+        outcomes: list[Outcome] = [FailedSequence(failed, FailureReason.BROKEN, NON_FINITE) for failed in failed_ids]
         outcomes += [self._finish(row, reason) for row, reason in ended.items() if row not in broken]
         if broken:
             self._runner.cache.clear_rows(broken)
@@ -292,7 +307,7 @@ class LocalEngine:
             sequence_id=slot.request.sequence_id,
             token_ids=tokens,
             logprobs=table.logprobs[row, :count].copy(),
-            text=text_before_stop(self._tokenizer, tokens, stops),
+            text=response_text(self._tokenizer, slot.request.prompt_ids, tokens, stops),
             finish_reason=reason,
             runs=slot.runs(count),
         )

@@ -1,0 +1,37 @@
+"""Before it serves, the engine compares itself with full forwards and refuses what it would get wrong."""
+
+from types import ModuleType
+
+import pytest
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+from trimtab.generator.local import selfcheck
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2", "opt", "bloom"])
+def test_architectures_that_are_served_pass(lab: ModuleType, architecture: str) -> None:
+    selfcheck.prepare(lab.build(architecture))
+
+
+def test_an_attention_that_drops_the_mask_is_replaced_by_one_that_is_right(lab: ModuleType) -> None:
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def maskless(module, query, key, value, attention_mask, **options):  # type: ignore[no-untyped-def]
+        return sdpa_attention_forward(module, query, key, value, None, **options)
+
+    AttentionInterface.register("trimtab_test_maskless", maskless)
+    model = lab.build("llama")
+    model.set_attn_implementation("trimtab_test_maskless")
+    with pytest.raises(ValueError, match="differ"):
+        selfcheck.check(model)
+    selfcheck.prepare(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_recurrent_models_are_refused_in_words(lab: ModuleType) -> None:
+    config = Mamba2Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, state_size=8, n_groups=1
+    )
+    with pytest.raises(ValueError, match="recurrent"):
+        selfcheck.prepare(Mamba2ForCausalLM(config))

@@ -1,0 +1,128 @@
+"""Weight swaps between two decode steps: which version samples which token, and that nothing is lost."""
+
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from trimtab.generator.engine import FinishedSequence, StagedWeights, SwapMode, TokenRun
+from trimtab_client.versions import ModelVersion
+
+
+def staged(lab: ModuleType, model: torch.nn.Module) -> StagedWeights:
+    return StagedWeights(lab.V2, model.state_dict())
+
+
+def steps(engine, count: int) -> list:
+    return [outcome for _ in range(count) for outcome in engine.step()]
+
+
+def drain(engine) -> dict[int, FinishedSequence]:
+    outcomes = []
+    while engine.has_work:
+        outcomes += engine.step()
+    return {outcome.sequence_id: outcome for outcome in outcomes}
+
+
+def test_drain_ends_what_runs_on_the_old_version_and_starts_the_rest_on_the_new(lab: ModuleType) -> None:
+    old, new = lab.build("llama", seed=0), lab.build("llama", seed=1)
+    engine = lab.engine_of(lab.build("llama", seed=0), max_slots=2)
+    requests = [lab.request(i, prompt, seed=i, max_tokens=10) for i, prompt in enumerate(lab.random_prompts(5))]
+    engine.submit(requests)
+    steps(engine, 3)
+    swap = engine.swap(staged(lab, new), SwapMode.DRAIN)
+    steps(engine, 2)
+    assert not swap.done() and engine.version == lab.V1
+    finished = drain(engine)
+    assert swap.result() == lab.V2 == engine.version
+    for asked in requests:
+        model, version = (old, lab.V1) if asked.sequence_id < 2 else (new, lab.V2)
+        got = finished[asked.sequence_id]
+        assert got.runs == (TokenRun(version, 10),)
+        expected = lab.full_logprobs(model, asked.prompt_ids, got.token_ids, 1.0)
+        np.testing.assert_allclose(got.logprobs, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [SwapMode.KEEP, SwapMode.RECOMPUTE_KV])
+def test_sequences_in_flight_go_on_and_say_which_version_sampled_what(lab: ModuleType, mode: SwapMode) -> None:
+    old, new = lab.build("llama", seed=0), lab.build("llama", seed=1)
+    engine = lab.engine_of(lab.build("llama", seed=0), max_slots=3, prefill_tokens=16)
+    requests = [lab.request(i, prompt, seed=i, max_tokens=12) for i, prompt in enumerate(lab.random_prompts(5))]
+    engine.submit(requests)
+    early = [outcome.sequence_id for outcome in steps(engine, 8)]
+    counts = {slot.request.sequence_id: int(engine._table.counts[row]) for row, slot in enumerate(engine._table.slots)}
+    swap = engine.swap(staged(lab, new), mode)
+    engine.step()
+    assert swap.result() == lab.V2 and counts and not early
+    finished = drain(engine)
+    for asked in requests:
+        got, first = finished[asked.sequence_id], counts.get(asked.sequence_id, 0)
+        assert got.runs == tuple(TokenRun(*run) for run in ((lab.V1, first), (lab.V2, 12 - first)) if run[1])
+        before = lab.full_logprobs(old, asked.prompt_ids, got.token_ids, 1.0)
+        after = lab.full_logprobs(new, asked.prompt_ids, got.token_ids, 1.0)
+        np.testing.assert_allclose(got.logprobs[:first], before[:first], atol=1e-4)
+        if mode is SwapMode.RECOMPUTE_KV or first == 0:
+            np.testing.assert_allclose(got.logprobs[first:], after[first:], atol=1e-4)
+        else:
+            assert np.abs(got.logprobs[first:] - before[first:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", list(SwapMode))
+def test_a_pinned_sequence_holds_the_swap_back_until_it_ends(lab: ModuleType, mode: SwapMode) -> None:
+    engine = lab.engine_of(lab.build("llama"), max_slots=2)
+
+    def only_old(version: ModelVersion) -> bool:
+        return version == lab.V1
+
+    pinned = [replace(lab.request(i, range(4), max_tokens=6), accepts=only_old) for i in (0, 1, 2)]
+    engine.submit([*pinned, lab.request(9, range(4), max_tokens=3)])
+    engine.step()
+    swap = engine.swap(staged(lab, lab.build("llama", seed=1)), mode)
+    finished = drain(engine)
+    assert swap.result() == lab.V2
+    assert all(finished[i].runs == (TokenRun(lab.V1, 6),) for i in (0, 1, 2))
+    assert sum(run.token_count for run in finished[9].runs) == 3
+    late = replace(lab.request(10, range(4)), accepts=only_old)
+    engine.submit([late])
+    assert [outcome.reason for outcome in engine.step()] == ["version"]
+
+
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(lab: ModuleType) -> None:
+    engine = lab.engine_of(lab.build("llama"))
+    weights = dict(lab.build("llama", seed=1).state_dict())
+    lacking = {name: tensor for name, tensor in weights.items() if "norm" not in name}
+    misshapen = {**weights, "model.norm.weight": torch.zeros(3)}
+    for tensors, word in ((lacking, "lacks"), (misshapen, "shape"), ({**weights, "x": torch.zeros(1)}, "lacks")):
+        with pytest.raises(ValueError, match=word):
+            engine.swap(StagedWeights(lab.V2, tensors), SwapMode.KEEP).result(timeout=0)
+    assert not engine.has_work and engine.version == lab.V1
+
+
+def test_a_later_swap_replaces_one_that_waits_and_a_cancelled_one_never_comes(lab: ModuleType) -> None:
+    engine = lab.engine_of(lab.build("llama"))
+    engine.submit([lab.request(0, range(4), max_tokens=8)])
+    engine.step()
+    third = replace(lab.V2, step=3)
+    first = engine.swap(staged(lab, lab.build("llama", seed=1)), SwapMode.DRAIN)
+    second = engine.swap(StagedWeights(third, lab.build("llama", seed=2).state_dict()), SwapMode.DRAIN)
+    with pytest.raises(ValueError, match="replaced"):
+        first.result(timeout=0)
+    drain(engine)
+    assert second.result() == engine.version == third
+    cancelled = engine.swap(staged(lab, lab.build("llama", seed=1)), SwapMode.DRAIN)
+    cancelled.cancel()
+    drain(engine)
+    assert engine.version == third
+
+
+def test_bfloat16_models_take_float32_versions(lab: ModuleType) -> None:
+    live = lab.build("llama", seed=0, scale=1.0).to(torch.bfloat16)
+    new = lab.build("llama", seed=1, scale=1.0)
+    engine = lab.engine_of(live)
+    swap = engine.swap(staged(lab, new), SwapMode.DRAIN)
+    engine.step()
+    assert swap.result() == lab.V2
+    for name, tensor in live.state_dict().items():
+        assert torch.equal(tensor, new.state_dict()[name].to(torch.bfloat16)), name
