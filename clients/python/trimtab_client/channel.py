@@ -1,0 +1,104 @@
+"""Addresses, TLS, tokens and message sizes: how channels are opened."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+Addresses = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files: `ca` checks the server (the system's authorities if None), `cert` and `key` identify the client."""
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    server_name: str | None = None
+
+
+@dataclass(frozen=True)
+class ChannelOptions:
+    """How a client connects.
+
+    Attributes:
+        tls: None is plaintext. token: a bearer token; without TLS only to this machine.
+        timeout_s: deadline of a call that gives none of its own.
+        retries: most repeats of a call that is safe to repeat.
+    """
+
+    tls: Tls | None = None
+    token: str | None = None
+    timeout_s: float = 60.0
+    max_message_bytes: int = 256 * 1024 * 1024
+    retries: int = 4
+
+
+def parse_addresses(addresses: Addresses) -> list[str]:
+    """ "host:port", "a:1,b:2" or a list of these; ValueError for anything else."""
+    parts = addresses.split(",") if isinstance(addresses, str) else list(addresses)
+    parsed = [part.strip() for part in parts if part.strip()]
+    if not parsed:
+        raise ValueError("give at least one address as host:port")
+    for address in parsed:
+        if "://" not in address and not address.startswith(("unix:", "dns:")):
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdigit():
+                raise ValueError(f"{address!r} is not host:port")
+    return parsed
+
+
+def metadata(options: ChannelOptions, addresses: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The bearer token as call metadata; ValueError where it would travel in the clear to another machine."""
+    if options.token is None:
+        return ()
+    if options.tls is None and not all(_is_loopback(address) for address in addresses):
+        raise ValueError("a token needs TLS beyond this machine: give ChannelOptions(tls=Tls(...))")
+    return (("authorization", f"Bearer {options.token}"),)
+
+
+def open_sync(address: str, options: ChannelOptions) -> grpc.Channel:
+    """A channel of the sync clients."""
+    if options.tls is None:
+        return grpc.insecure_channel(address, options=_arguments(options))
+    return grpc.secure_channel(address, _credentials(options.tls), options=_arguments(options))
+
+
+def open_async(address: str, options: ChannelOptions) -> grpc.aio.Channel:
+    """A channel of the asyncio clients."""
+    if options.tls is None:
+        return grpc.aio.insecure_channel(address, options=_arguments(options))
+    return grpc.aio.secure_channel(address, _credentials(options.tls), options=_arguments(options))
+
+
+def _credentials(tls: Tls) -> grpc.ChannelCredentials:
+    ca, key, cert = (None if path is None else path.read_bytes() for path in (tls.ca, tls.key, tls.cert))
+    return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def _arguments(options: ChannelOptions) -> list[tuple[str, Any]]:
+    arguments: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", options.max_message_bytes),
+        ("grpc.max_send_message_length", options.max_message_bytes),
+        ("grpc.lb_policy_name", "round_robin"),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.enable_http_proxy", 0),
+    ]
+    if options.tls is not None and options.tls.server_name is not None:
+        arguments.append(("grpc.ssl_target_name_override", options.tls.server_name))
+    return arguments
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or address.startswith("unix:")

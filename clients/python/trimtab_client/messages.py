@@ -1,0 +1,199 @@
+"""What calls take and answer, as plain frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+import numpy as np
+
+from trimtab_client.ragged import RaggedFloats, decode_floats, decode_ids
+from trimtab_client.v1 import generator_pb2, model_pb2, trainer_pb2
+from trimtab_client.versions import ModelVersion
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled; the field comments of generator.proto say more.
+
+    `max_tokens` 0 is the server's default; `temperature` 0 is greedy; `seed` None draws at random.
+    """
+
+    n: int = 1
+    max_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    seed: int | None = None
+
+    def to_proto(self) -> generator_pb2.SamplingParameters:
+        return generator_pb2.SamplingParameters(
+            n=self.n,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class VersionRun:
+    """Consecutive tokens sampled by one version."""
+
+    version: ModelVersion
+    token_count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """One sampled response.
+
+    Attributes:
+        prompt_token_ids, token_ids: int32; the end token is part of token_ids.
+        logprobs: float32, one a sampled token, of logits / temperature over the full vocabulary.
+        versions: which version sampled which tokens, in order.
+    """
+
+    prompt_index: int
+    sample_index: int
+    prompt_token_ids: np.ndarray
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    text: str
+    finish_reason: Literal["stop", "length"]
+    versions: tuple[VersionRun, ...]
+    seed: int
+
+    @classmethod
+    def from_proto(cls, message: generator_pb2.Completion) -> Completion:
+        stopped = message.finish_reason == generator_pb2.FINISH_REASON_STOP
+        return cls(
+            prompt_index=message.prompt_index,
+            sample_index=message.sample_index,
+            prompt_token_ids=decode_ids(message.prompt_token_ids, "prompt_token_ids"),
+            token_ids=decode_ids(message.token_ids),
+            logprobs=decode_floats(message.logprobs, "logprobs"),
+            text=message.text,
+            finish_reason="stop" if stopped else "length",
+            versions=tuple(VersionRun(ModelVersion.from_proto(r.version), r.token_count) for r in message.versions),
+            seed=message.seed,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of a batch, float32 [B]: raw, and normalised by the version's mean and deviation.
+
+    `truncated` holds the positions of sequences that were cut, where the caller allowed it.
+    """
+
+    scores: np.ndarray
+    normalized_scores: np.ndarray
+    version: ModelVersion
+    truncated: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class LogProbs:
+    """Log-prob, and where asked for lse, entropy (nats) and last hidden states, of each response token.
+
+    `hidden` is uint16 [response tokens, hidden size]: the bits of bfloat16, which numpy has no type for.
+    """
+
+    logprobs: RaggedFloats
+    lse: RaggedFloats | None
+    entropy: RaggedFloats | None
+    hidden: np.ndarray | None
+    version: ModelVersion
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a server serves; see model.proto."""
+
+    version: ModelVersion
+    tokenizer_digest: str
+    vocab_size: int
+    max_length: int
+    dtype: str
+    architecture: str
+    parameter_count: int
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+    max_sequences: int
+    max_tokens: int
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.ModelInfo) -> ModelInfo:
+        return cls(
+            version=ModelVersion.from_proto(message.version),
+            tokenizer_digest=message.tokenizer_digest,
+            vocab_size=message.vocab_size,
+            max_length=message.max_length,
+            dtype=message.dtype,
+            architecture=message.architecture,
+            parameter_count=message.parameter_count,
+            eos_token_ids=tuple(message.eos_token_ids),
+            has_chat_template=message.has_chat_template,
+            max_sequences=message.max_sequences,
+            max_tokens=message.max_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """The metrics of one training step."""
+
+    run_id: str
+    stage: str
+    step: int
+    total_steps: int
+    values: Mapping[str, float]
+    time: datetime
+
+    @classmethod
+    def from_proto(cls, message: trainer_pb2.StepMetrics) -> StepMetrics:
+        time = message.time.ToDatetime()
+        return cls(message.run_id, message.stage, message.step, message.total_steps, dict(message.values), time)
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a training run is. `state` is running, paused, succeeded, failed or stopped."""
+
+    run_id: str
+    stage: str
+    state: str
+    step: int
+    total_steps: int
+    activity: str
+    error: str
+    published: tuple[ModelVersion, ...]
+
+    @property
+    def finished(self) -> bool:
+        return self.state in ("succeeded", "failed", "stopped")
+
+    @classmethod
+    def from_proto(cls, message: trainer_pb2.RunStatus) -> RunStatus:
+        return cls(
+            run_id=message.run_id,
+            stage=message.stage,
+            state=trainer_pb2.RunState.Name(message.state).removeprefix("RUN_STATE_").lower(),
+            step=message.step,
+            total_steps=message.total_steps,
+            activity=message.activity,
+            error=message.error,
+            published=tuple(ModelVersion.from_proto(version) for version in message.published),
+        )
