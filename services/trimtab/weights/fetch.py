@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trimtab.weights.backend import Backend
 from trimtab.weights.errors import CorruptVersionError
-from trimtab.weights.folder import verify_folder
+from trimtab.weights.folder import check_readable, verify_folder
 from trimtab.weights.layout import STAGING, check_name, step_name, version_folder
 from trimtab.weights.manifest import Manifest
 from trimtab.weights.staging import discard, locked, staging_folder
@@ -105,6 +105,7 @@ def _copies(model: Path) -> list[Path]:
 
 
 def _copy_files(backend: Backend, manifest: Manifest, folder: Path) -> None:
+    check_readable(manifest)
     for entry in manifest.files:
         target = folder / entry.name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -75,30 +75,34 @@ def _looks_pickled(path: Path) -> bool:
     return start.startswith(_PICKLE_STARTS) or start == _ZIP_START
 
 
+def check_readable(manifest: Manifest) -> None:
+    """Raises CorruptVersionError for a manifest that lists what is never read: pickled weights."""
+    refused = [entry.name for entry in manifest.files if is_refused(entry.name)]
+    if refused:
+        raise CorruptVersionError(
+            f"{manifest.version}: its manifest lists {refused[0]}, and only safetensors weights are read"
+        )
+
+
 def verify_folder(folder: Path, manifest: Manifest) -> None:
     """Reads every byte and returns if the folder holds exactly what the manifest says.
 
     Raises CorruptVersionError naming the first file that is absent, foreign, of another size or of another digest.
     """
+    check_readable(manifest)
     where = str(manifest.version)
-    expected = {entry.name: entry for entry in manifest.files}
-    refused = sorted(name for name in expected if is_refused(name))
-    if refused:
-        raise CorruptVersionError(f"{where}: its manifest lists {refused[0]}, and only safetensors weights are read")
+    expected = {entry.name for entry in manifest.files}
     try:
-        present = set(file_names(folder))
-        foreign = sorted(present - expected.keys())
-        if foreign:
-            raise CorruptVersionError(
-                f"{where}: {foreign[0]} lies in its folder but is not part of the version; remove it"
-            )
+        present = set(file_names(folder)) if folder.is_dir() else set()
+        for name in sorted(expected - present):
+            raise CorruptVersionError(f"{where}: {name} is missing; publish it again")
+        for name in sorted(present - expected):
+            raise CorruptVersionError(f"{where}: {name} lies in its folder but is not part of the version; remove it")
         for entry in manifest.files:
             _verify_file(folder / entry.name, entry, where)
         digest = folder_content_digest(folder, expected)
     except RefusedFileError as error:
         raise CorruptVersionError(f"{where}: {error}") from error
-    except FileNotFoundError as error:
-        raise CorruptVersionError(f"{where}: {error.filename or error} is missing; publish it again") from error
     if digest != manifest.version.digest:
         raise CorruptVersionError(f"{where}: its content has digest {digest}, not {manifest.version.digest}")
 
