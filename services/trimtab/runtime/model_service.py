@@ -8,18 +8,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 import grpc.aio
-from trimtab_client.versions import ModelVersion
 
 from trimtab.runtime.calls import deadline_of
+from trimtab.runtime.config import RequestLimits
 from trimtab.runtime.errors import as_service_error, internal, invalid, precondition, unavailable
 from trimtab.runtime.logs import get_logger
 from trimtab.runtime.metrics import Metrics
 from trimtab.runtime.server import Service
 from trimtab_client.v1 import model_pb2, model_pb2_grpc
+from trimtab_client.versions import ModelVersion
 
 log = get_logger(__name__)
 
@@ -38,6 +39,41 @@ class Served(Generic[Model]):
     version: ModelVersion
     model: Model
     info: model_pb2.ModelInfo
+
+
+class DescribedModel(Protocol):
+    """What `describe` reads of a policy or a scalar model."""
+
+    tokenizer: Any
+    tokenizer_digest: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def parameter_count(self) -> int: ...
+
+
+def describe(
+    model: DescribedModel, version: ModelVersion, *, max_length: int, limits: RequestLimits
+) -> model_pb2.ModelInfo:
+    """What GetModel answers while `model` is served; `max_length` in tokens, prompt and response together."""
+    return model_pb2.ModelInfo(
+        version=version.to_proto(),
+        tokenizer_digest=model.tokenizer_digest,
+        vocab_size=model.vocab_size,
+        max_length=max_length,
+        dtype=model.dtype,
+        architecture=model.architecture,
+        parameter_count=model.parameter_count,
+        eos_token_ids=model.eos_token_ids,
+        has_chat_template=bool(model.tokenizer.chat_template),
+        max_sequences=limits.max_sequences,
+        max_tokens=limits.max_tokens,
+    )
 
 
 Stage = Callable[[ModelVersion], Awaitable[Served[Model]]]
