@@ -14,7 +14,7 @@ from trimtab.cli.errors import CommandError
 from trimtab.cli.progress import RunProgress, format_metrics
 from trimtab.cli.up_config import load_up_config, process_specs
 from trimtab.cli.up_view import UpView, status_table
-from trimtab.rounds.launchers.process import ProcessState, ProcessStatus, last_log_line
+from trimtab.rounds.launchers.process import ProcessState, ProcessStatus
 
 
 def write(folder: Path, text: str) -> Path:
@@ -84,12 +84,3 @@ def test_progress_on_a_terminal_shows_the_bar_with_metrics() -> None:
 
 def test_metrics_without_main_ones_show_the_first_few() -> None:
     assert format_metrics("sft", {"b": 2.0, "a": 1.0}) == "a=1 b=2"
-
-
-def test_the_last_log_line_is_read_without_colours_and_out_of_json(tmp_path: Path) -> None:
-    log = tmp_path / "x.log"
-    assert last_log_line(log) == ""
-    log.write_text('{"event": "load failed", "error": "no such folder"}\n\n')
-    assert last_log_line(log) == "load failed: no such folder"
-    log.write_text("first\n\x1b[31mred\x1b[0m line\n")
-    assert last_log_line(log) == "red line"

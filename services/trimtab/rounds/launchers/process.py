@@ -8,9 +8,7 @@ that started the child ends.
 from __future__ import annotations
 
 import enum
-import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -20,9 +18,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trimtab.rounds.launchers.log_tail import last_words
+
 TETHER = Path(__file__).with_name("tether.py")
-ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-TAIL_BYTES = 16_384
 
 
 class LaunchError(RuntimeError):
@@ -92,25 +90,6 @@ class ProcessStatus:
     since: float  # time.monotonic() of the last change of state
 
 
-def last_log_line(path: Path) -> str:
-    """The last line that says something, without colours; of a JSON log line its event and error."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except FileNotFoundError:
-        return ""
-    lines = [line.strip() for line in ANSI.sub("", text).splitlines()]
-    line = next((line for line in reversed(lines) if line), "")
-    if line.startswith("{"):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            return line
-        return ": ".join(str(record[key]) for key in ("event", "error") if record.get(key)) or line
-    return line
-
-
 def is_serving(address: str, service: str, timeout_s: float = 1.0) -> bool:
     """Ask grpc.health.v1 at `address` whether `service` is SERVING; no answer is a no."""
     import grpc
@@ -168,6 +147,7 @@ class SupervisedProcess:
         self._next_probe = 0.0
         self._deadline = 0.0  # of the restart while WAITING, of the grace period while STOPPING
         self._stop_wanted = False
+        self._log_start = 0  # where the log of this life of the process begins
 
     @property
     def status(self) -> ProcessStatus:
@@ -225,6 +205,7 @@ class SupervisedProcess:
         self.spec.log_path.parent.mkdir(parents=True, exist_ok=True)
         tether = (sys.executable, "-I", "-S", str(TETHER), str(os.getpid()))
         with self.spec.log_path.open("ab") as log:
+            self._log_start = log.tell()
             self._popen = subprocess.Popen(
                 [*tether, *self.spec.command],
                 stdin=subprocess.DEVNULL,
@@ -246,7 +227,7 @@ class SupervisedProcess:
             elif now - self._since >= self._policy.steady_s:
                 self._deaths = 0
         elif self.state == ProcessState.SERVING:
-            self._set(ProcessState.NOT_SERVING, last_log_line(self.spec.log_path))
+            self._set(ProcessState.NOT_SERVING, last_words(self.spec.log_path, self._log_start))
         self._next_probe = now + (2.0 if serving else 0.1)
 
     def _has_exited(self) -> bool:
@@ -258,7 +239,7 @@ class SupervisedProcess:
         self._signal_group(signal.SIGKILL)  # whatever it started and left behind
         reason = describe_exit(popen.wait())
         self._popen = None
-        line = last_log_line(self.spec.log_path)
+        line = last_words(self.spec.log_path, self._log_start)
         if self.state == ProcessState.STOPPING or self._stop_wanted:
             self._set(ProcessState.STOPPED, reason)
         elif not self._has_served:
