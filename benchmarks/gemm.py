@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -102,6 +105,15 @@ def measure(work: Work, dtype: str, threads: int, *, repeats: int = 7) -> GemmRa
     )
 
 
+def measure_apart(work: Work, dtype: str, threads: int) -> GemmRate:
+    """`measure` in a process of its own, so that the caller's threads and its torch play no part."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as out:
+        options = ["--dtypes", dtype, "--threads", threads, "--vocab-size", work.vocab_size, "--out", out.name]
+        command = [sys.executable, "-m", "benchmarks.gemm", *map(str, options)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return GemmRate(**json.loads(Path(out.name).read_text())[0])
+
+
 def median_seconds(compute: Callable[[], object], repeats: int, *, calls: int = 4) -> float:
     """Median over `repeats` of the mean of `calls` in a row, after one round to warm up."""
     taken = []
@@ -117,10 +129,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--vocab-size", type=int, default=Work.vocab_size)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    work = Work()
+    work = Work(vocab_size=args.vocab_size)
     rates = [measure(work, dtype, n, repeats=args.repeats) for dtype in args.dtypes for n in args.threads]
     for rate in rates:
         speeds = f"training {rate.training:6.0f} GFLOP/s, forward {rate.forward:6.0f}"

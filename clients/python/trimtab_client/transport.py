@@ -163,7 +163,7 @@ class AsyncTransport:
     async def close(self) -> None:
         """Close all channels."""
         for channel in self._channels:
-            await channel.close()
+            await channel.close(None)
 
     def _next(self) -> grpc.aio.Channel:
         if not self._channels:

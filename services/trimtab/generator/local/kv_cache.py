@@ -129,8 +129,7 @@ class SlotCache(Cache):
     @property
     def size_bytes(self) -> int:
         """Memory held by all buffers, bytes."""
-        tensors = [t for layer in self.layers for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers())
 
     def begin_prefill(self, first: int, length: int, source: torch.Tensor | None, count: int) -> None:
         """Open rows [first, first + count) for a prefill of `length` columns.
@@ -174,17 +173,18 @@ class SlotCache(Cache):
             return
         live = slice(self.window.start, self.window.end)
         sources, targets = zip(*moves, strict=True)
-        for layer in self.layers:
-            for buffer in (layer.keys, layer.values):
-                if isinstance(buffer, torch.Tensor):
-                    buffer[list(targets), :, live] = buffer[list(sources), :, live]
+        for buffer in self._buffers():
+            buffer[list(targets), :, live] = buffer[list(sources), :, live]
 
     def clear_rows(self, rows: Sequence[int]) -> None:
         """Zero whole rows: a masked column must still be finite, or it poisons the row's next sequence."""
-        for layer in self.layers:
-            for buffer in (layer.keys, layer.values):
-                if isinstance(buffer, torch.Tensor):
-                    buffer[list(rows)] = 0
+        for buffer in self._buffers():
+            buffer[list(rows)] = 0
+
+    def _buffers(self) -> list[torch.Tensor]:
+        """Keys and values of every layer that has been run."""
+        layers = [layer for layer in self.layers if isinstance(layer, SlotLayer)]
+        return [buffer for layer in layers for buffer in (layer.keys, layer.values) if buffer is not None]
 
     def _relocate(self, rows_needed: int, new_end: int) -> None:
         """Move the live window to end at `new_end`, growing the buffers in buckets where they are too small."""

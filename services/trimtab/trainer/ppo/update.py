@@ -78,8 +78,9 @@ class PpoUpdate:
     def fix_targets(self, experience: Experience, epoch: Sequence[Minibatch], beta: float) -> Targets:
         """Old log-probs, values, advantages and returns of the whole batch."""
         config = self.config
-        old_R, entropy_R = torch.empty_like(experience.behaviour_R), torch.empty_like(experience.behaviour_R)
-        values_R = torch.zeros_like(old_R)
+        dtype = torch.promote_types(self.policy.model.dtype, torch.float32)  # float64 only for float64 weights
+        old_R = torch.empty(len(experience.behaviour_R), dtype=dtype)
+        entropy_R, values_R = torch.empty_like(old_R), torch.zeros_like(old_R)
         for part in (part for minibatch in epoch for part in minibatch):
             selected = response_logprobs(self.policy, part, config.temperature)
             where = part.flat_R.cpu()
@@ -87,7 +88,7 @@ class PpoUpdate:
             if self.value_model is not None:
                 values_R[where] = response_values(self.value_model, part).cpu()
         lengths_B = experience.lengths_B
-        scores_B = episode_scores(experience, config.no_eos_score)
+        scores_B = episode_scores(experience, config.no_eos_score).to(dtype)
         rewards_R = token_rewards(scores_B, old_R, experience.reference_R, lengths_B, beta)
         if config.whiten_rewards:
             rewards_R = whiten(rewards_R, shift_mean=False)
