@@ -1,0 +1,81 @@
+"""What a figure was measured on, and whether the machine was quiet: cores, commit, busy cores, memory. Linux only."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and with which code a run was made."""
+
+    cpu: str
+    cores: int
+    memory_gb: float
+    python: str
+    commit: str
+    uncommitted_changes: bool
+
+
+def describe_machine() -> Machine:
+    """This machine and this checkout."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Machine(
+        cpu=cpu[1] if cpu else platform.processor(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gb=round(pages / 2**30, 1),
+        python=platform.python_version(),
+        commit=git("rev-parse", "HEAD"),
+        uncommitted_changes=bool(git("status", "--porcelain", "--untracked-files=no")),
+    )
+
+
+def git(*arguments: str) -> str:
+    """Output of a git command in this checkout; empty where it is not one."""
+    folder = Path(__file__).parent
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+
+
+class BusyMeter:
+    """Mean number of cores that the whole machine kept busy since the meter was made."""
+
+    def __init__(self) -> None:
+        self._since_s, self._busy_s = time.perf_counter(), busy_seconds()
+
+    def cores(self) -> float:
+        return (busy_seconds() - self._busy_s) / (time.perf_counter() - self._since_s)
+
+
+def busy_seconds() -> float:
+    """CPU seconds of all processes since boot, with what the hypervisor took away."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, _cpu_fields()[:8])
+    return (user + nice + system + irq + softirq + steal) / TICKS_PER_S
+
+
+def _cpu_fields() -> list[str]:
+    return Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+
+
+def wait_until_quiet(limit_cores: float, *, timeout_s: float, sample_s: float = 3.0) -> float:
+    """Wait until others keep fewer than `limit_cores` busy, at most `timeout_s`; returns what the last sample saw."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        meter = BusyMeter()
+        time.sleep(sample_s)
+        if (cores := meter.cores()) < limit_cores or time.monotonic() >= deadline:
+            return cores
+
+
+def peak_rss_mb(pid: int) -> float:
+    """Peak resident memory of a live process; shared libraries count in each process that maps them."""
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(peak[1]) / 1024 if peak else 0.0
