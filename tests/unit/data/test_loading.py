@@ -63,6 +63,12 @@ def test_rankings_keep_ties_labeler_and_task(tmp_path):
     assert load_rankings(path) == [Ranking("Q", ("a", "b", "c", "d"), (2, 1, 2, 4), "7", "t1")]
 
 
+def test_one_value_of_ended_stands_for_all_responses(tmp_path):
+    row = {"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 2]}
+    path = write(tmp_path / "r.jsonl", row, row | {"ended": False}, row | {"ended": [True, False]})
+    assert [ranking.ended for ranking in load_rankings(path)] == [(), (False, False), (True, False)]
+
+
 def test_pairs_become_rankings_of_two(tmp_path):
     path = write(
         tmp_path / "pairs.jsonl",
@@ -109,6 +115,8 @@ def test_parquet_and_folders_give_the_same_rows_as_jsonl(tmp_path):
         ({"prompt": "Q", "responses": ["a"], "ranks": [1]}, "responses", "at least 2"),
         ({"prompt": 3, "responses": ["a", "b"], "ranks": [1, 2]}, "prompt", "must be text"),
         ({"prompt": [{"role": "human", "content": "x"}], "chosen": "a", "rejected": "b"}, "prompt[0].role", "human"),
+        ({"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 2], "ended": [True]}, "ended", "1 values for 2"),
+        ({"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 2], "ended": [True, 0]}, "ended[1]", "true or false"),
         ({"prompt": "Q", "chosen": "a"}, "rejected", "missing"),
         ({"prompt": "Q", "chosen": "a", "rejected": "\ud800"}, "rejected", "surrogate"),
         ('{"prompt": "Q", ', "", "not JSON"),

@@ -83,6 +83,12 @@ def test_rankings_keep_order_ranks_and_the_empty_prompt_is_bos_alone(tokenizer):
     assert ranking.ranks_K.tolist() == [2, 1, 2] and (ranking.labeler, ranking.group) == ("ann", "t")
 
 
+def test_responses_that_were_cut_off_get_no_end_token(tokenizer):
+    row = Ranking("q", ("x", "yy"), (2, 1), ended=(True, False))
+    (ranking,) = tokenize_rankings([row], tokenizer, 16, eos_token_id=EOS)
+    assert [sequence.token_ids_T[-1] == EOS for sequence in ranking.sequences] == [True, False]
+
+
 def test_chat_rows_without_a_template_are_refused_with_the_reason(tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>")
     with pytest.raises(DataError, match="no chat template"):

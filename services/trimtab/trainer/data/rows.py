@@ -48,7 +48,8 @@ class Ranking:
     """One labeler's order of K responses to one prompt.
 
     `ranks[i]` belongs to `responses[i]`: 1 is best, equal ranks are ties. `group` names the task the row came from, so
-    that training and held-out rows can be split by task; "" where the file does not say.
+    that training and held-out rows can be split by task; "" where the file does not say. `ended[i]` is false where
+    `responses[i]` was cut off (by a token limit, say), so that no end token may follow it; () means that all ended.
     """
 
     prompt: Prompt
@@ -56,6 +57,7 @@ class Ranking:
     ranks: tuple[int, ...]
     labeler: str = ""
     group: str = ""
+    ended: tuple[bool, ...] = ()
 
 
 def detect_kind(fields: dict[str, Any]) -> str:
@@ -107,7 +109,7 @@ def parse_ranking(fields: dict[str, Any]) -> Ranking:
     labeler, group = _label(fields, "labeler"), _label(fields, "task")
     if "responses" not in fields and "ranks" not in fields:
         prompt, chosen, rejected = _pair(fields)
-        return Ranking(prompt, (chosen, rejected), (1, 2), labeler, group)
+        return Ranking(prompt, (chosen, rejected), (1, 2), labeler, group, _ended(fields, 2))
     responses = _list(fields.get("responses"), "responses")
     ranks = _list(fields.get("ranks"), "ranks")
     texts = tuple(_answer(response, f"responses[{i}]") for i, response in enumerate(responses))
@@ -120,7 +122,7 @@ def parse_ranking(fields: dict[str, Any]) -> Ranking:
             raise RowError(f"ranks[{i}]", f"a rank is a whole number from 1 (best), found {rank!r}")
     if min(ranks) != 1:
         raise RowError("ranks", f"the best rank is 1, found {min(ranks)} as the lowest")
-    return Ranking(_prompt(fields), texts, tuple(ranks), labeler, group)
+    return Ranking(_prompt(fields), texts, tuple(ranks), labeler, group, _ended(fields, len(texts)))
 
 
 def _pair(fields: dict[str, Any]) -> tuple[Prompt, str, str]:
@@ -210,6 +212,18 @@ def _not_empty(value: str, name: str) -> str:
     if not value.strip():
         raise RowError(name, "is empty")
     return value
+
+
+def _ended(fields: dict[str, Any], count: int) -> tuple[bool, ...]:
+    """`ended`: true or false for all responses, or a list with one of them each."""
+    value = fields.get("ended", True)
+    values = [value] * count if isinstance(value, bool) else _list(value, "ended")
+    if len(values) != count:
+        raise RowError("ended", f"{len(values)} values for {count} responses")
+    for i, one in enumerate(values):
+        if not isinstance(one, bool):
+            raise RowError(f"ended[{i}]", f"must be true or false, found {_type(one)}")
+    return () if all(values) else tuple(values)
 
 
 def _label(fields: dict[str, Any], name: str) -> str:

@@ -96,13 +96,18 @@ def tokenize_rankings(
 ) -> Tokenized[TokenizedRanking]:
     """The K sequences of each ranking, each as `tokenize_demonstrations` makes them, with their ranks.
 
+    A response that its row says did not end gets no end token.
+
     Raises:
         DataError: a response does not fit and `on_long` is "refuse"; or a chat row and a tokenizer without a template.
     """
     encoder = _Encoder(tokenizer, max_length, eos_token_id, on_long)
 
     def encode(row: Ranking) -> TokenizedRanking:
-        sequences = [encoder.response(row.prompt, text, f"responses[{i}]") for i, text in enumerate(row.responses)]
+        ended = row.ended or (True,) * len(row.responses)
+        sequences = [
+            encoder.response(row.prompt, text, f"responses[{i}]", ended[i]) for i, text in enumerate(row.responses)
+        ]
         return TokenizedRanking(tuple(sequences), np.asarray(row.ranks, dtype=np.int64), row.labeler, row.group)
 
     return encoder.all(rows, encode)
@@ -170,7 +175,7 @@ class _Encoder:
         self._check_room(len(ids_T), "prompt")
         return ids_T
 
-    def response(self, prompt: Prompt, response: str, field: str) -> TokenSequence:
+    def response(self, prompt: Prompt, response: str, field: str, ended: bool = True) -> TokenSequence:
         from trimtab.models.tokenizers import encode_continuation
 
         if isinstance(prompt, str):
@@ -180,7 +185,8 @@ class _Encoder:
             head = self.prompt(prompt)
             tail = np.asarray(self.tokenizer.encode(response, add_special_tokens=False), dtype=np.int32)
             ids_T, prompt_length = np.concatenate([head, tail]), len(head)
-        ids_T = np.concatenate([ids_T, self.end])
+        if ended:
+            ids_T = np.concatenate([ids_T, self.end])
         if len(ids_T) > self.max_length:
             if self.on_long == "refuse":
                 reason = f"{len(ids_T)} tokens with its prompt, more than the {self.max_length} allowed"
