@@ -15,7 +15,13 @@ from fsspec.implementations.local import LocalFileSystem
 from trimtab.weights import fetch as fetching
 from trimtab.weights.backend import Backend, storage_errors
 from trimtab.weights.catalog import Catalog, Model
-from trimtab.weights.errors import InvalidNameError, StoreUnavailableError, VersionConflictError, VersionNotFoundError
+from trimtab.weights.errors import (
+    CorruptVersionError,
+    InvalidNameError,
+    StoreUnavailableError,
+    VersionConflictError,
+    VersionNotFoundError,
+)
 from trimtab.weights.layout import PINS, PRUNED, step_name
 from trimtab.weights.local_files import LocalFiles
 from trimtab.weights.manifest import Manifest
@@ -119,8 +125,12 @@ class Store:
         StoreFullError if the cache's disk is full.
         """
         manifest = self._resolve(version)
-        with self._doing("fetching from"):
-            return fetching.fetch(self._backend, manifest, cache_dir)
+        try:
+            with self._doing("fetching from"):
+                return fetching.fetch(self._backend, manifest, cache_dir)
+        except (CorruptVersionError, StoreUnavailableError):
+            self._resolve(manifest)  # pruned while it was being read: then it is not found rather than corrupt
+            raise
 
     def verify(self, version: ModelVersion | Manifest) -> Manifest:
         """Reads every byte of a version in the store (not of a cached copy) against its manifest and digest.

@@ -91,10 +91,10 @@ def test_prune_removes_what_an_upload_that_died_left(make_folder: MakeFolder) ->
     assert filesystem.exists(f"{root}/r/policy/step-{3:012d}"), "step 3 may still be on its way"
 
 
-@pytest.mark.parametrize("policy", [{"keep_last": 0}, {"keep_last": -1}, {"keep_best": -1}])
-def test_a_policy_that_keeps_nothing_is_refused(policy: dict[str, int]) -> None:
+@pytest.mark.parametrize(("keep_last", "keep_best"), [(0, 1), (-1, 1), (1, -1)])
+def test_a_policy_that_keeps_nothing_is_refused(keep_last: int, keep_best: int) -> None:
     with pytest.raises(ValueError, match="keep_"):
-        Retention(**policy)
+        Retention(keep_last=keep_last, keep_best=keep_best)
 
 
 def test_the_chain_under_a_kept_delta_is_kept() -> None:
