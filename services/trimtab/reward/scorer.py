@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -100,6 +100,6 @@ def read_beside_running(folder: str, *, dtype: str, device: str) -> ScalarModel:
     model = ScalarModel.load(folder, dtype="float32", device="cpu")
     for parameter in model.model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
-    module: torch.nn.Module = model.model
-    module.to(torch.device(device))
+    module: Any = model.model
+    module.to(device)
     return model

@@ -166,14 +166,13 @@ class RunningServer:
         await self._health.shut_down()
         self._loading.cancel()
         await asyncio.wait([self._loading])
-        stopping = asyncio.get_running_loop().create_task(self._server.stop(grace_s))
-        # Health watchers and reflection never end by themselves: only the room's own calls are waited for.
+        # gRPC's own graceful stop is not used: it would answer late calls CANCELLED, which nobody retries, and wait for
+        # health watchers, which never end. Until the room's own calls are done, the interceptor refuses new ones.
         idle = asyncio.get_running_loop().create_task(self._calls.wait_idle())
         await asyncio.wait([idle], timeout=grace_s)
         finished = idle.done()
         idle.cancel()
         await self._server.stop(None)
-        await stopping
         await self.context.stop_background()
         await self.context.close()
         if self._health_server is not None:

@@ -1,0 +1,51 @@
+"""A server of a few lines on the runtime, for tests of processes: `runtime_room.py MODE key=value…`.
+
+It answers LogProbs after `temperature` seconds. MODE: "serve", "fail" (its load raises a StartError), "defect" (its
+load has a bug) or "hang" (its load never ends).
+"""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import grpc.aio
+
+from trimtab.runtime.config import ConfigError, ServiceConfig, load_config
+from trimtab.runtime.errors import StartError
+from trimtab.runtime.server import ServerContext, Service, serve
+from trimtab_client.v1 import reference_pb2, reference_pb2_grpc
+
+NAME = "trimtab.v1.ReferenceService"
+
+
+class Slow(reference_pb2_grpc.ReferenceServiceServicer):
+    async def LogProbs(
+        self, request: reference_pb2.LogProbsRequest, context: grpc.aio.ServicerContext
+    ) -> reference_pb2.LogProbsResponse:
+        await asyncio.sleep(request.temperature)
+        return reference_pb2.LogProbsResponse(hidden_size=7)
+
+
+async def load(context: ServerContext) -> Sequence[Service]:
+    mode = sys.argv[1]
+    if mode == "fail":
+        raise StartError("model: /nowhere is not a model folder")
+    if mode == "defect":
+        raise KeyError("a bug")
+    if mode == "hang":
+        await asyncio.Event().wait()
+    return [Service(NAME, reference_pb2_grpc.add_ReferenceServiceServicer_to_server, Slow())]
+
+
+def main() -> int:
+    try:
+        flags = dict(argument.split("=", 1) for argument in sys.argv[2:])
+        config = load_config(ServiceConfig, None, flags)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return serve("room", config, services=[NAME], load=load)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
