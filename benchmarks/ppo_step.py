@@ -32,6 +32,7 @@ from benchmarks.ppo_trimtab import run_trimtab
 from benchmarks.ppo_trl import REQUIREMENTS, run_trl
 from benchmarks.sides import PARTS_OF_EXPERIENCE, STAGES, Case, SideRun, medians
 
+TINY = Work(layers=2, prompts=8, minibatch_size=4, inner_epochs=2, response_tokens=16, shortest_response_tokens=3)
 Side = Callable[[WorkFolder, Case, int, Path], SideRun]
 
 
@@ -118,6 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores each side may use")
     parser.add_argument("--vocab-size", type=int, default=Work.vocab_size)
+    parser.add_argument("--smoke", action="store_true", help="tiny work: shows that both sides run, no more")
     parser.add_argument("--updates", type=int, default=4, help="of one run; the first is not measured")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side, in turn")
     parser.add_argument("--quiet-cores", type=float, default=0.1, help="others may keep this many cores busy")
@@ -153,7 +155,7 @@ def main() -> None:
     console = Console()
     results: list[Comparison] = []
     with scratch_folder(options.folder) as root:
-        folder = write_work(root / "work", Work(vocab_size=options.vocab_size))
+        folder = write_work(root / "work", TINY if options.smoke else Work(vocab_size=options.vocab_size))
         for dtype in options.dtypes:
             for lengths in options.cases:
                 case = Case(dtype, options.threads, ragged=lengths == "ragged")
