@@ -2,11 +2,16 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trimtab.generator.local import selfcheck
+from trimtab.generator.local.scheduler import LocalEngine
 
 ARCHITECTURES = ["llama", "gpt2", "qwen3", "gemma2", "opt", "bloom"]
 
@@ -14,6 +19,7 @@ ARCHITECTURES = ["llama", "gpt2", "qwen3", "gemma2", "opt", "bloom"]
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sampled_logprobs_equal_full_forwards(lab: ModuleType, architecture: str) -> None:
     model = lab.build(architecture)
+    selfcheck.prepare(model)
     # More sequences than slots, of different lengths: slots are refilled in the middle of others' decoding.
     temperatures = [1.0, 0.7, 0.0, 1.5]
     requests = [
@@ -184,3 +190,23 @@ def test_bfloat16_models_decode(lab: ModuleType) -> None:
         got = lab.run(lab.engine_of(model), [asked])[asked.sequence_id]
         expected = lab.full_logprobs(model, asked.prompt_ids, got.token_ids, 1.0)
         np.testing.assert_allclose(got.logprobs, expected, atol=0.05)
+
+
+def test_the_real_example_model_tells_stories_with_exact_logprobs(lab: ModuleType) -> None:
+    folder = Path(__file__).parents[3] / "examples" / "models" / "stories260K-hf"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    selfcheck.prepare(model)
+    engine = LocalEngine(
+        model, tokenizer, eos_token_ids=(tokenizer.eos_token_id,), version=lab.V1, max_length=256, max_slots=4
+    )
+    prompts = ["Once upon a time", "One day, Lily", "The big dog was", "Tim and Sue went to the park.", "A cat"]
+    requests = [
+        lab.request(i, tokenizer.encode(prompt), seed=i, max_tokens=60, temperature=float(i % 3), ignore_eos=False)
+        for i, prompt in enumerate(prompts)
+    ]
+    finished = lab.run(engine, requests)
+    for asked in requests:
+        got = finished[asked.sequence_id]
+        expected = lab.full_logprobs(model, asked.prompt_ids, got.token_ids, asked.sampling.temperature)
+        np.testing.assert_allclose(got.logprobs, expected, atol=1e-4)
+    assert "".join((prompts[0], finished[0].text)).startswith("Once upon a time, there was a little girl named")

@@ -5,12 +5,15 @@ from types import ModuleType
 import pytest
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from trimtab.generator.local import selfcheck
+from trimtab.generator.local import attention, selfcheck
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2", "opt", "bloom"])
 def test_architectures_that_are_served_pass(lab: ModuleType, architecture: str) -> None:
-    selfcheck.prepare(lab.build(architecture))
+    model = lab.build(architecture)
+    default = model.config._attn_implementation
+    selfcheck.prepare(model)
+    assert model.config._attn_implementation == (attention.NAME if default == "sdpa" else default)
 
 
 def test_an_attention_that_drops_the_mask_is_replaced_by_one_that_is_right(lab: ModuleType) -> None:
@@ -21,7 +24,7 @@ def test_an_attention_that_drops_the_mask_is_replaced_by_one_that_is_right(lab: 
         return sdpa_attention_forward(module, query, key, value, None, **options)
 
     AttentionInterface.register("trimtab_test_maskless", maskless)
-    model = lab.build("llama")
+    model = lab.build("gpt2")
     model.set_attn_implementation("trimtab_test_maskless")
     with pytest.raises(ValueError, match="differ"):
         selfcheck.check(model)

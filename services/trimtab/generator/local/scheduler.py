@@ -183,7 +183,11 @@ class LocalEngine:
                 self._pending = None
         if not pending.done.set_running_or_notify_cancel():
             return
-        self._runner.load_weights(pending.staged.tensors)
+        try:
+            self._runner.load_weights(pending.staged.tensors)
+        except Exception as error:
+            pending.done.set_exception(error)
+            raise
         self._version = pending.staged.version
         for row, slot in enumerate(self._table.slots):
             slot.marks.append((self._version, int(self._table.counts[row])))

@@ -4,7 +4,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from trimtab.generator.local import attention
 from trimtab.generator.local.runner import ModelRunner
+from trimtab.runtime.logs import get_logger
+
+log = get_logger(__name__)
 
 PROMPT_LENGTHS = (9, 3, 14)
 DECODE_STEPS = 4
@@ -14,20 +18,26 @@ HALF_TOLERANCE = 5e-2
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Check `model`, and fall back to its eager attention where its default one is wrong for it.
+    """Give `model` the fastest attention that is right for it: ours, transformers' default, or eager.
 
-    Raises ValueError where cached decoding does not agree with full forwards either way.
+    Raises ValueError where cached decoding does not agree with full forwards with any of them.
     """
-    try:
-        check(model)
-    except Exception as error:
-        if model.config._attn_implementation == "eager":
-            raise _refusal(model, error) from error
-        model.set_attn_implementation("eager")
+    default = model.config._attn_implementation or "eager"
+    ours = [attention.NAME] if default == "sdpa" and model.device.type == "cpu" else []
+    refusals: list[Exception] = []
+    for name in dict.fromkeys([*ours, default, "eager"]):
         try:
+            model.set_attn_implementation(name)
             check(model)
-        except Exception as eager_error:
-            raise _refusal(model, eager_error) from eager_error
+        except Exception as error:  # transformers' models fail in their own ways; the reason is told below
+            log.warning("attention is not right for this model", attention=name, reason=str(error))
+            refusals.append(error)
+        else:
+            return
+    raise ValueError(
+        f"{type(model).__name__} cannot be served by the local engine: {refusals[-1]} "
+        "(check that the model folder is whole; another engine may serve it)"
+    ) from refusals[-1]
 
 
 @torch.inference_mode()
@@ -53,10 +63,3 @@ def check(model: PreTrainedModel) -> None:
         error, limit = (difference.max(), FLOAT32_TOLERANCE) if exact else (difference.mean(), HALF_TOLERANCE)
         if not error <= limit:
             raise ValueError(f"log-probs of cached decoding and of a full forward differ by {float(error):.3g}")
-
-
-def _refusal(model: PreTrainedModel, error: Exception) -> ValueError:
-    return ValueError(
-        f"{type(model).__name__} cannot be served by the local engine: {error} "
-        "(check that the model folder is whole; another engine may serve it)"
-    )

@@ -14,7 +14,7 @@ from trimtab.generator.engine import FinishReason, SequenceRequest, TokenRun
 from trimtab.generator.local.sampler import Sampled, SampleRows
 from trimtab.generator.local.stop_strings import StopStrings
 
-TOKEN_BUCKET = 128
+FIRST_TOKENS = 128
 ROW_ARRAYS = (
     *("lengths", "newest", "counts", "limits", "min_tokens", "ignores_eos", "has_stops"),
     *("seeds", "temperatures", "top_ps", "top_ks", "tokens", "logprobs"),
@@ -59,8 +59,8 @@ class SlotTable:
         self.temperatures = np.ones(n, np.float32)
         self.top_ps = np.ones(n, np.float32)
         self.top_ks = np.zeros(n, np.int64)
-        self.tokens = np.zeros((n, TOKEN_BUCKET), np.int32)
-        self.logprobs = np.zeros((n, TOKEN_BUCKET), np.float32)
+        self.tokens = np.zeros((n, FIRST_TOKENS), np.int32)
+        self.logprobs = np.zeros((n, FIRST_TOKENS), np.float32)
 
     @property
     def count(self) -> int:
@@ -82,7 +82,6 @@ class SlotTable:
         self.has_stops[row] = bool(sampling.stop or sampling.stop_token_ids)
         self.seeds[row], self.temperatures[row] = request.seed, sampling.temperature
         self.top_ps[row], self.top_ks[row] = sampling.top_p, sampling.top_k
-        self._reserve(limit)
         self.slots.append(slot)
 
     def sample_rows(self, rows: slice) -> SampleRows:
@@ -110,6 +109,7 @@ class SlotTable:
     def record(self, rows: slice, sampled: Sampled) -> dict[int, FinishReason]:
         """Append one token to each of these rows; the rows that are now at their end, and why."""
         index, counts = np.arange(rows.start, rows.stop), self.counts[rows]
+        self._reserve(int(counts.max()) + 1)
         self.tokens[index, counts] = sampled.token_ids
         self.logprobs[index, counts] = sampled.logprobs
         self.newest[rows] = sampled.token_ids
@@ -146,6 +146,5 @@ class SlotTable:
         """Grow the token log to hold `tokens` a row."""
         have = self.tokens.shape[1]
         if tokens > have:
-            more = -(-tokens // TOKEN_BUCKET) * TOKEN_BUCKET - have
-            self.tokens = np.pad(self.tokens, ((0, 0), (0, more)))
-            self.logprobs = np.pad(self.logprobs, ((0, 0), (0, more)))
+            self.tokens = np.pad(self.tokens, ((0, 0), (0, have)))
+            self.logprobs = np.pad(self.logprobs, ((0, 0), (0, have)))
