@@ -90,7 +90,7 @@ def draw_reward_model(report: RoundReport, file: Path) -> None:
     """Held-out accuracy by kind of ranking, with intervals, beside how well one rater knows the others."""
     agreement = report.rater_agreement
     with plt.rc_context(STYLE):
-        height = 1.3 + 0.5 * len(report.accuracies)
+        height = 1.7 + 0.5 * len(report.accuracies)
         figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
         names = [accuracy.name for accuracy in report.accuracies]
         for row, accuracy in enumerate(report.accuracies):
@@ -117,7 +117,7 @@ def draw_reward_model(report: RoundReport, file: Path) -> None:
         axes.set_xlim(45, 100)
         axes.set(title="Reward model: held-out pairs ordered as people do", xlabel="% of untied pairs, 95 % interval")
         axes.grid(axis="y", visible=False)
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower right", ncols=2)
         figure.savefig(file)
         plt.close(figure)
 

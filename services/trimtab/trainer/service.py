@@ -35,6 +35,7 @@ STAGES: dict[str, Callable[[Any, StageContext], None]] = {
     "reward_model": run_reward_model,
     "ppo": run_ppo,
 }
+STAGE_NAMES = {"sft": "sft", "reward_model": "reward", "ppo": "ppo"}
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
@@ -68,7 +69,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         for run_id, (run, _) in self._runs.items():
             if not run.snapshot.state.finished:
                 raise precondition(f"run {run_id} is still going; one run at a time: wait for it or stop it")
-        run = Run(request.run_id, kind)
+        run = Run(request.run_id, STAGE_NAMES[kind])
         self._runs[request.run_id] = (run, stage)
         self._thread = threading.Thread(target=self._work, args=(run, kind, stage), name=f"run-{request.run_id}")
         self._thread.start()

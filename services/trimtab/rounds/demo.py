@@ -1,0 +1,182 @@
+"""`trimtab demo`: the small story model through SFT, reward model and PPO, as local services on real data.
+
+This module knows the order of things; how a run is shown is the caller's (`watch`), what the result
+looks like on paper is `report`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.rounds.compare import Comparison, Services, compare
+from trimtab.rounds.judge import Judge, SentenceEncoder
+from trimtab.rounds.launchers.local import Supervisor
+from trimtab.rounds.launchers.services import service_process
+from trimtab_client import GeneratorClient, ModelVersion, ReferenceClient, RewardClient, Sampling, TrainerClient
+from trimtab_client.v1 import trainer_pb2
+
+EVALUATION_SAMPLES = 4
+NORMALIZATION_PROMPTS = "ppo/openings.jsonl"
+
+Watch = Callable[[str, str, str, object], None]
+"""(trainer address, stage, run id, config) → shows the run to its end, raises where it fails."""
+
+
+@dataclass(frozen=True)
+class DemoRecipes:
+    """The stage configs, as examples/demo/*.yaml gives them; paths and addresses are filled in here."""
+
+    sft: trainer_pb2.SftConfig
+    reward: trainer_pb2.RewardModelConfig
+    ppo: trainer_pb2.PpoConfig
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made.
+
+    Attributes:
+        folder: everything lies here: data, store, logs, metrics.
+        seconds: wall time of each part.
+    """
+
+    folder: Path
+    store: Path
+    sft: ModelVersion
+    reward: ModelVersion
+    policy: ModelVersion
+    comparison: Comparison
+    judge_accuracy: float
+    seconds: dict[str, float]
+
+
+class Demo:
+    """One run of the demo in `folder`, from the examples folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        examples: Path,
+        recipes: DemoRecipes,
+        *,
+        seed: int,
+        cores: int,
+        watch: Watch,
+        say: Callable[[str], None],
+    ) -> None:
+        self._folder = folder
+        self._examples = examples
+        self._recipes = recipes
+        self._seed = seed
+        self._cores = cores
+        self._watch = watch
+        self._say = say
+        self._store = folder / "store"
+        self._seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def run(self, supervisor: Supervisor) -> DemoResult:
+        """All stages and the evaluation; services are started with `supervisor` when their model exists."""
+        data = self._prepare_data()
+        trainer = self._serve(supervisor, "trainer", {"folder": str(self._folder / "runs")}, threads=self._cores)
+
+        sft = self._sft(trainer, data)
+        generator = self._serve(supervisor, "generator", {"model": f"version:{sft}"}, threads=1)
+        reward_version = self._reward(trainer, data, sft, generator)
+        reward = self._serve(supervisor, "reward", {"model": f"version:{reward_version}"}, threads=1)
+        reference = self._serve(supervisor, "reference", {"model": f"version:{sft}"}, threads=1)
+        policy = self._ppo(trainer, data, sft, reward_version, (generator, reward, reference))
+
+        judge = self._judge(data)
+        comparison = self._evaluate(data, sft, policy, judge, (generator, reward, reference))
+        return DemoResult(
+            self._folder, self._store, sft, reward_version, policy, comparison, judge.accuracy, self._seconds
+        )
+
+    def _prepare_data(self) -> Path:
+        self._say("preparing stories, openings, people's rankings and the judge's sentences")
+        data = self._folder / "data"
+        subprocess.run(
+            [sys.executable, str(self._examples / "data" / "prepare.py"), str(data)], check=True, capture_output=True
+        )
+        self._lap("prepare data")
+        return data
+
+    def _serve(self, supervisor: Supervisor, kind: str, settings: dict[str, object], *, threads: int) -> str:
+        spec = service_process(kind, {"store": str(self._store)} | settings, self._folder / "services", threads=threads)
+        supervisor.add(spec)
+        supervisor.wait_ready(spec.name)
+        self._say(f"{kind} serves on {spec.address}")
+        self._lap(f"start {kind}")
+        return spec.address
+
+    def _sft(self, trainer: str, data: Path) -> ModelVersion:
+        config = trainer_pb2.SftConfig()
+        config.CopyFrom(self._recipes.sft)
+        config.stage.model = str(self._examples / "models" / "stories260K-hf")
+        config.stage.seed = self._seed
+        config.data = str(data / "sft" / "train.jsonl")
+        config.validation_data = str(data / "sft" / "validation.jsonl")
+        return self._train(trainer, "sft", config)
+
+    def _reward(self, trainer: str, data: Path, sft: ModelVersion, generator: str) -> ModelVersion:
+        config = trainer_pb2.RewardModelConfig()
+        config.CopyFrom(self._recipes.reward)
+        config.stage.model = f"version:{sft}"
+        config.stage.seed = self._seed
+        config.data = str(data / "reward" / "train.jsonl")
+        config.validation_data = str(data / "reward" / "heldout.jsonl")
+        config.normalization_data = str(data / NORMALIZATION_PROMPTS)
+        config.generator_address = generator
+        return self._train(trainer, "reward", config)
+
+    def _ppo(
+        self, trainer: str, data: Path, sft: ModelVersion, reward: ModelVersion, addresses: tuple[str, str, str]
+    ) -> ModelVersion:
+        config = trainer_pb2.PpoConfig()
+        config.CopyFrom(self._recipes.ppo)
+        config.stage.model = f"version:{sft}"
+        config.stage.seed = self._seed
+        config.prompts = str(data / "ppo" / "openings.jsonl")
+        config.value_model = f"version:{reward}"
+        config.generator_address, config.reward_address, config.reference_address = addresses
+        return self._train(trainer, "ppo", config)
+
+    def _train(self, trainer: str, stage: str, config: object) -> ModelVersion:
+        run_id = f"demo-{stage}"
+        self._watch(trainer, stage, run_id, config)
+        with TrainerClient(trainer) as client:
+            version = client.status(run_id).published[-1]
+        self._lap(stage)
+        return version
+
+    def _judge(self, data: Path) -> Judge:
+        self._say("fitting the judge, which the training never sees, on critics' labels of other sentences")
+        rows = [json.loads(line) for line in (data / "judge" / "train.jsonl").read_text().splitlines()]
+        judge = Judge.fit([row["text"] for row in rows], [row["label"] for row in rows], SentenceEncoder.load())
+        self._lap("fit the judge")
+        return judge
+
+    def _evaluate(
+        self, data: Path, sft: ModelVersion, policy: ModelVersion, judge: Judge, addresses: tuple[str, str, str]
+    ) -> Comparison:
+        rows = (data / "evaluation" / "openings.jsonl").read_text().splitlines()
+        openings = [json.loads(row)["prompt"] for row in rows]
+        self._say(f"comparing {policy} with {sft} on {len(openings)} held-out openings")
+        sampling = Sampling(n=EVALUATION_SAMPLES, max_tokens=self._recipes.ppo.max_new_tokens, seed=self._seed)
+        generator, reward, reference = addresses
+        with GeneratorClient(generator) as g, RewardClient(reward) as r, ReferenceClient(reference) as f:
+            comparison = compare(Services(g, r, f), sft, policy, openings, judge.log_odds, sampling)
+        self._lap("evaluate")
+        return comparison
+
+    def _lap(self, part: str) -> None:
+        now = time.monotonic()
+        self._seconds[part] = self._seconds.get(part, 0.0) + now - self._since
+        self._since = now
