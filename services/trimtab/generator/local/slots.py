@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from trimtab_client.versions import ModelVersion
 
 from trimtab.generator.engine import FinishReason, SequenceRequest, TokenRun
 from trimtab.generator.local.sampler import Sampled, SampleRows
 from trimtab.generator.local.stop_strings import StopStrings
+from trimtab_client.versions import ModelVersion
 
 FIRST_TOKENS = 128
 ROW_ARRAYS = (
