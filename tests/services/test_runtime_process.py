@@ -68,9 +68,9 @@ def start(tmp_path: Path) -> Iterator:
             room.process.wait()
 
 
-def slow_call(channel: grpc.aio.Channel, seconds: float) -> grpc.aio.UnaryUnaryCall:
+def slow_call(channel: grpc.aio.Channel, seconds: float, *, on_device: bool = False) -> grpc.aio.UnaryUnaryCall:
     stub = reference_pb2_grpc.ReferenceServiceStub(channel)
-    return stub.LogProbs(reference_pb2.LogProbsRequest(temperature=seconds), timeout=20)
+    return stub.LogProbs(reference_pb2.LogProbsRequest(temperature=seconds, include_lse=on_device), timeout=20)
 
 
 async def test_sigterm_lets_the_call_in_flight_finish_refuses_new_ones_and_exits_0(start):
@@ -107,6 +107,20 @@ async def test_the_grace_period_ends_calls_that_take_longer(start):
     code, log = await asyncio.to_thread(room.end)
     assert (code, log[-1]["finished"]) == (0, False)
     assert time.monotonic() - started_s < 8
+
+
+async def test_a_device_that_is_busy_beyond_the_grace_period_does_not_hold_the_process(start):
+    room = start(grace_s=0.3)
+    async with grpc.aio.insecure_channel(await room.address()) as channel:
+        call = slow_call(channel, 60, on_device=True)
+        await asyncio.sleep(0.2)
+        room.process.send_signal(signal.SIGTERM)
+        started_s = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call
+    code, _ = await asyncio.to_thread(room.end)
+    assert code == 0
+    assert time.monotonic() - started_s < 15
 
 
 async def test_a_second_signal_ends_the_grace_period(start):

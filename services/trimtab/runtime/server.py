@@ -7,8 +7,10 @@ from its `load` coroutine; this module knows no model.
 
 import asyncio
 import json
+import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,10 @@ from trimtab.runtime.metrics import Metrics, MetricsServer
 from trimtab.runtime.tls import server_credentials
 
 log = get_logger(__name__)
+
+# How long a drained server waits for its device thread, and then the process for its other threads, before it leaves.
+CLOSE_PATIENCE_S = 1.0
+EXIT_PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,11 @@ class RunningServer:
         idle.cancel()
         await self._server.stop(None)
         await self.context.stop_background()
-        await self.context.close()
+        closing = asyncio.get_running_loop().create_task(self.context.close())
+        left_s = started_s + grace_s - time.monotonic()
+        await asyncio.wait([closing], timeout=max(left_s, CLOSE_PATIENCE_S))
+        if not closing.done():
+            log.warning("the device is still busy with work that nobody waits for", service=self._label)
         if self._health_server is not None:
             await self._health_server.stop(None)
         if self._metrics_server is not None:
@@ -260,8 +270,24 @@ async def run_service(label: str, config: ServiceConfig, *, services: Sequence[s
 
 
 def serve(label: str, config: ServiceConfig, *, services: Sequence[str], load: Load) -> int:
-    """`run_service` in a fresh event loop: the body of a service's `main`."""
-    return asyncio.run(run_service(label, config, services=services, load=load))
+    """`run_service` in a fresh event loop: the body of a service's `main`, whose process ends with it.
+
+    Threads still in a long computation or a load cannot be stopped; the process leaves without them.
+    """
+
+    async def life() -> int:
+        code = await run_service(label, config, services=services, load=load)
+        threading.Thread(target=_leave, args=(code,), name="leave", daemon=True).start()
+        return code
+
+    return asyncio.run(life())
+
+
+def _leave(code: int) -> None:
+    time.sleep(EXIT_PATIENCE_S)
+    log.warning("leaving while threads still run", exit_code=code)
+    logging.shutdown()
+    os._exit(code)
 
 
 def _options(config: ServiceConfig) -> list[tuple[str, Any]]:
