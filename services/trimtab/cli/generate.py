@@ -29,7 +29,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Send texts as chat messages of a user.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON row a completion.")] = False,
 ) -> None:
-    """Sample completions from a running generator and print them in the order of the prompts."""
+    """Sample completions from a running generator. They are printed in the order of the prompts."""
     from trimtab_client import GeneratorClient, Sampling
 
     prompts: list[Any] = list(texts or []) or [_prompt(row) for row in read_rows(file, "prompt")]

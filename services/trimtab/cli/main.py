@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from trimtab import __version__
-from trimtab.cli import data
+from trimtab.cli import data, versions
+from trimtab.cli.demo import demo
 from trimtab.cli.errors import exit_with
 from trimtab.cli.generate import generate
 from trimtab.cli.score import score
@@ -22,9 +23,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (up, serve, train, generate, score):
+for command in (demo, up, serve, train, generate, score):
     app.command()(command)
 app.add_typer(data.app, name="data")
+app.add_typer(versions.app, name="versions")
 
 
 def _print_version(wanted: bool) -> None:

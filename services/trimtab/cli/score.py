@@ -21,7 +21,7 @@ def score(
     address: Annotated[str, typer.Option(help="HOST:PORT of the service; several by commas.")] = "127.0.0.1:7102",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON row a response.")] = False,
 ) -> None:
-    """Score responses: the raw score and the score normalised by the reward model's own mean and deviation."""
+    """Score responses with a running reward model: the raw score, and normalised by its own mean and deviation."""
     from trimtab_client import RewardClient
 
     rows: list[dict[str, Any]] = [{"prompt": prompt, "response": text} for text in responses or []]

@@ -38,7 +38,7 @@ def train(
     values = merged(read_yaml(config), parse_assignments(assignments or []))
     proto = stage_config(stage.value, values, str(config))
     with sigterm_interrupts(), trainer_at(address, store, folder, run_id) as (where, recover):
-        raise typer.Exit(RunWatcher(where, stage.value, run_id, proto, recover).run())
+        RunWatcher(where, stage.value, run_id, proto, recover).run()
 
 
 @contextmanager

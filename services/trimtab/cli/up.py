@@ -13,7 +13,7 @@ def up(
         "up.yaml"
     ),
 ) -> None:
-    """Run services locally until ctrl-C; one that dies is restarted, one that keeps dying ends all."""
+    """Run services locally until ctrl-C. One that dies is restarted; one that keeps dying ends all."""
     from trimtab.cli.signals import stop_requested
     from trimtab.cli.up_config import load_up_config, process_specs
     from trimtab.cli.up_view import UpView

@@ -10,7 +10,6 @@ from trimtab.cli.errors import CommandError
 from trimtab.cli.progress import RunProgress
 from trimtab_client import RunStatus, StepMetrics, TrainerClient, Unavailable
 
-INTERRUPTED = 130
 LOSSES_WITHOUT_PROGRESS = 3
 
 
@@ -31,10 +30,11 @@ class RunWatcher:
         self._recover = recover
         self._step = 0
 
-    def run(self) -> int:
-        """Exit code: 0 when the run succeeded, 130 when ctrl-C stopped it; CommandError when it failed or was stopped.
+    def run(self) -> None:
+        """Return when the run has succeeded; CommandError when it failed or was stopped by someone else.
 
-        A second ctrl-C leaves at once.
+        ctrl-C asks the trainer to stop after the current step and is raised again once it has (the command then
+        exits 130); a second one is raised at once.
         """
         with RunProgress(self._stage) as progress, TrainerClient(self._address) as client:
             try:
@@ -43,13 +43,12 @@ class RunWatcher:
                 progress.say("stopping after the current step; ctrl-C again leaves at once")
                 client.stop(self._run_id)
                 self._report(self._watch(client, progress), progress)
-                return INTERRUPTED
+                raise
             self._report(status, progress)
         if status.state == "failed":
             raise CommandError(f"run {self._run_id} failed at step {status.step}: {status.error}")
         if status.state == "stopped":
             raise CommandError(f"run {self._run_id} was stopped at step {status.step}")
-        return 0
 
     def _follow(self, client: TrainerClient, progress: RunProgress) -> RunStatus:
         losses, reached = 0, -1
