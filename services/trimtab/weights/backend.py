@@ -76,8 +76,8 @@ def storage_errors(doing: str, url: str) -> Iterator[None]:
     """Turns what a filesystem raises while ``doing`` something into StoreFullError or StoreUnavailableError."""
     try:
         yield
-    except (StoreError, ValueError):
-        raise
+    except (StoreError, ValueError, TypeError, AttributeError, LookupError, AssertionError):
+        raise  # said already, or a bug that must not look like an outage
     except Exception as error:  # fsspec filesystems raise their vendors' own classes beside OSError
         number = error.errno if isinstance(error, OSError) else None
         if number in _FULL:

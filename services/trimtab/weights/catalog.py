@@ -81,10 +81,8 @@ class Catalog:
         raise VersionNotFoundError(f"no version {model}@{step} in {self.backend.url}: {there}")
 
     def highest_step(self, model: Model) -> int:
-        """The largest step ever published, pruned ones included; −1 if none."""
-        pruned = [step_of(entry) for entry in self.backend.names(f"{model.folder}/{PRUNED}")]
-        newest = next((step for step in reversed(self._begun_steps(model)) if self._is_whole(model, step)), -1)
-        return max([newest, *(step for step in pruned if step is not None)])
+        """The largest step ever published, −1 if none. It is there: retention never removes the newest version."""
+        return next((step for step in reversed(self._begun_steps(model)) if self._is_whole(model, step)), -1)
 
     def pointer(self, model: Model) -> Pointer | None:
         """Where the pointer stands, None before the first publish."""
