@@ -259,6 +259,42 @@ async def test_a_health_port_of_its_own_serves_nothing_else():
         assert (await failure(address)).code() == StatusCode.UNIMPLEMENTED
 
 
+async def test_calls_need_a_token_with_the_role_and_health_needs_none(tmp_path):
+    tokens = tmp_path / "tokens"
+    tokens.write_text("# two callers\nsecret-a generate\nsecret-b score,train\nsecret-c\n")
+    async with running(one, token_file=tokens) as server:
+        assert await health(server.address) == SERVING
+
+        async def code_for(*authorization: str) -> StatusCode:
+            metadata = [("authorization", value) for value in authorization]
+            try:
+                await generate(server.address, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                assert "secret" not in (error.details() or "")
+                return error.code()
+            return StatusCode.OK
+
+        assert await code_for() == StatusCode.UNAUTHENTICATED
+        assert await code_for("Bearer secret-x") == StatusCode.UNAUTHENTICATED
+        assert await code_for("Basic secret-a") == StatusCode.UNAUTHENTICATED
+        assert await code_for("Bearer secret-b") == StatusCode.PERMISSION_DENIED
+        assert await code_for("Bearer secret-a") == StatusCode.OK
+        assert await code_for("Bearer secret-c") == StatusCode.OK
+        tokens.write_text("secret-d generate\n")
+        assert await code_for("Bearer secret-a") == StatusCode.UNAUTHENTICATED
+        assert await code_for("Bearer secret-d") == StatusCode.OK
+
+
+@pytest.mark.parametrize("content", [None, "", "secret-a fly", "secret-a score train"])
+async def test_an_unusable_token_file_is_named_at_start_without_its_secrets(tmp_path, content):
+    tokens = tmp_path / "tokens"
+    if content is not None:
+        tokens.write_text(content)
+    with pytest.raises(StartError, match=r"^token_file: .*tokens") as caught:
+        await running(one, token_file=tokens).start()
+    assert "secret" not in str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")

@@ -1,4 +1,4 @@
-"""What surrounds every call: refusals while loading or draining, errors to statuses, metrics, a log line for a fault.
+"""What surrounds every call: tokens, refusals while loading or draining, errors to statuses, metrics, logs of faults.
 
 An interceptor over the room's own services; health and reflection pass untouched.
 """
@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 from grpc import StatusCode
 
+from trimtab.runtime.auth import TokenFile
 from trimtab.runtime.config import RequestLimits
 from trimtab.runtime.errors import ServiceError, abort, as_service_error, exhausted, internal, unavailable
 from trimtab.runtime.logs import get_logger
@@ -33,8 +34,9 @@ def deadline_of(context: grpc.aio.ServicerContext) -> float | None:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Counts, refuses and translates. `refusal` is set while the server loads or drains, None while it serves."""
 
-    def __init__(self, metrics: Metrics, limits: RequestLimits) -> None:
+    def __init__(self, metrics: Metrics, limits: RequestLimits, tokens: TokenFile | None = None) -> None:
         self._metrics = metrics
+        self._tokens = tokens
         self._limits = limits
         self.refusal: str | None = "the server is loading its model"
         self._in_flight = 0
@@ -53,6 +55,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if method.startswith(INFRASTRUCTURE):
             return await continuation(handler_call_details)
+        if self._tokens is not None:
+            metadata: Any = handler_call_details.invocation_metadata  # pyright: ignore: missing in the stubs
+            denied = self._tokens.refusal(method, metadata)
+            if denied is not None:
+                return _refusing(denied)
         if self.refusal is not None:
             return _refusing(unavailable(self.refusal))
         handler: Any = await continuation(handler_call_details)

@@ -54,6 +54,7 @@ class ServiceConfig(BaseSettings):
     tls_client_ca: Path | None = Field(
         default=None, description="PEM authorities of client certificates; asks for mTLS."
     )
+    token_file: Path | None = Field(default=None, description="Lines `TOKEN ROLE,ROLE`: calls need one of the tokens.")
     insecure: bool = Field(default=False, description="Allow a bind beyond loopback without TLS.")
 
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
@@ -90,6 +91,8 @@ class ServiceConfig(BaseSettings):
             raise ValueError(f"{missing}: tls_cert and tls_key must be given together")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca: needs tls_cert and tls_key")
+        if self.token_file is not None and not self.has_tls and not is_loopback(self.host):
+            raise ValueError("token_file: bearer tokens travel over TLS only; give tls_cert and tls_key")
         if not self.has_tls and not self.insecure and not is_loopback(self.host):
             raise ValueError(
                 f"host: {self.host} is reachable from other machines; give tls_cert and tls_key, or insecure: true"

@@ -21,6 +21,7 @@ import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
 from trimtab.runtime import health
+from trimtab.runtime.auth import TokenFile
 from trimtab.runtime.calls import CallInterceptor
 from trimtab.runtime.config import ServiceConfig
 from trimtab.runtime.device_worker import DeviceWorker
@@ -134,8 +135,9 @@ class RunningServer:
         """Listen with health NOT_SERVING and begin to load."""
         config = self.config
         credentials = server_credentials(config)
+        tokens = TokenFile(config.token_file) if config.token_file is not None else None
         self.context = ServerContext(self._label, config)
-        self._calls = CallInterceptor(self.context.metrics, config.limits)
+        self._calls = CallInterceptor(self.context.metrics, config.limits, tokens)
         self._health = health.Health(self._names)
         await self._health.set_serving(False)
         self._server = grpc.aio.server(interceptors=[self._calls], options=_options(config))

@@ -57,6 +57,7 @@ def test_a_config_made_directly_reads_no_environment(monkeypatch):
         ("model: a\n", {"device": "gpu7"}, "device", "pattern"),
         ("model: a\n", {"host": "0.0.0.0"}, "host", "insecure: true"),
         ("model: a\n", {"tls_cert": "cert.pem"}, "tls_key", "together"),
+        ("model: a\n", {"host": "0.0.0.0", "insecure": True, "token_file": "t"}, "token_file", "over TLS only"),
         ("model: a\n", {"tls_client_ca": "ca.pem"}, "tls_client_ca", "needs tls_cert"),
         ("- model\n", {}, "config", "name: value"),
         ("model: [unclosed\n", {}, "config", "not YAML"),
