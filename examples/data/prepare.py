@@ -28,7 +28,7 @@ JUDGE_TASKS = 120
 BLOCK = 30  # items of a rating task; tweets are put into blocks of the same size
 K_RANGE = (4, 9)
 TIE = 0.3  # points of the −4..+4 scale; about one standard error of the difference of two means of 20 ratings
-LONGEST_RANKED_TEXT = 200  # characters
+LONGEST_RANKED_TEXT = 140  # characters
 OPENING_CHARACTERS = (50, 160)
 
 
@@ -52,14 +52,14 @@ class Block:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument("--passes", type=int, default=2, help="rankings that each training item appears in")
+    parser.add_argument("--passes", type=int, default=3, help="rankings that each training item appears in")
     arguments = parser.parse_args()
     manifest = prepare(arguments.out, arguments.passes)
     for name, count in manifest["rows"].items():
         print(f"{count:7,}  {name}")
 
 
-def prepare(out: Path, passes: int = 2) -> dict:
+def prepare(out: Path, passes: int = 3) -> dict:
     """Write every set under `out` and a manifest.json that counts them; returns the manifest."""
     rows = {}
     rows |= story_sets()
