@@ -27,8 +27,8 @@ def demo(
     from trimtab.cli.stage_config import stage_config
     from trimtab.cli.watch_run import RunWatcher
     from trimtab.rounds.demo import Demo, DemoRecipes
+    from trimtab.rounds.demo_report import write_demo_report
     from trimtab.rounds.launchers.local import Supervisor
-    from trimtab.rounds.report import write_demo_report
 
     recipes = examples / "demo"
     if not recipes.is_dir():

@@ -18,6 +18,8 @@ from trimtab.rounds.compare import Comparison, Services, compare
 from trimtab.rounds.judge import Judge, SentenceEncoder
 from trimtab.rounds.launchers.local import Supervisor
 from trimtab.rounds.launchers.services import service_process
+from trimtab.rounds.report import Accuracy
+from trimtab.rounds.reward_accuracy import reward_accuracies
 from trimtab_client import GeneratorClient, ModelVersion, ReferenceClient, RewardClient, Sampling, TrainerClient
 from trimtab_client.v1 import trainer_pb2
 
@@ -51,8 +53,10 @@ class DemoResult:
     sft: ModelVersion
     reward: ModelVersion
     policy: ModelVersion
+    accuracies: tuple[Accuracy, ...]
     comparison: Comparison
     judge_accuracy: float
+    seed: int
     seconds: dict[str, float]
 
 
@@ -93,10 +97,20 @@ class Demo:
         reference = self._serve(supervisor, "reference", {"model": f"version:{sft}"}, threads=1)
         policy = self._ppo(trainer, data, sft, reward_version, (generator, reward, reference))
 
-        judge = self._judge(data)
+        accuracies = self._accuracies(data, reward_version, reward)
+        judge = self._judge()
         comparison = self._evaluate(data, sft, policy, judge, (generator, reward, reference))
         return DemoResult(
-            self._folder, self._store, sft, reward_version, policy, comparison, judge.accuracy, self._seconds
+            folder=self._folder,
+            store=self._store,
+            sft=sft,
+            reward=reward_version,
+            policy=policy,
+            accuracies=accuracies,
+            comparison=comparison,
+            judge_accuracy=judge.accuracy,
+            seed=self._seed,
+            seconds=self._seconds,
         )
 
     def _prepare_data(self) -> Path:
@@ -156,11 +170,26 @@ class Demo:
         self._lap(stage)
         return version
 
-    def _judge(self, data: Path) -> Judge:
-        self._say("fitting the judge, which the training never sees, on critics' labels of other sentences")
-        rows = [json.loads(line) for line in (data / "judge" / "train.jsonl").read_text().splitlines()]
-        judge = Judge.fit([row["text"] for row in rows], [row["label"] for row in rows], SentenceEncoder.load())
-        self._lap("fit the judge")
+    def _accuracies(self, data: Path, version: ModelVersion, address: str) -> tuple[Accuracy, ...]:
+        self._say("asking the reward model about held-out rankings")
+        with RewardClient(address) as reward:
+            accuracies = reward_accuracies(
+                reward,
+                str(self._store),
+                version,
+                {
+                    "movie sentences, by the mean of their raters": (data / "reward" / "heldout.jsonl", "movies"),
+                    "tweets, by the mean of their raters": (data / "reward" / "heldout.jsonl", "tweets"),
+                    "movie sentences, by single persons": (data / "reward" / "heldout_persons.jsonl", "movies"),
+                },
+            )
+        self._lap("check the reward model")
+        return accuracies
+
+    def _judge(self) -> Judge:
+        self._say("loading the judge, which the training never sees")
+        judge = Judge.load(self._examples / "data" / "judge.json", SentenceEncoder.load())
+        self._lap("load the judge")
         return judge
 
     def _evaluate(

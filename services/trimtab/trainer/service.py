@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -29,13 +29,30 @@ from trimtab_client.v1 import trainer_pb2, trainer_pb2_grpc
 
 log = get_logger(__name__)
 
+LABEL = "trainer"
 SERVICE_NAME = "trimtab.v1.TrainerService"
+SERVICES = (SERVICE_NAME,)
 STAGES: dict[str, Callable[[Any, StageContext], None]] = {
     "sft": run_sft,
     "reward_model": run_reward_model,
     "ppo": run_ppo,
 }
 STAGE_NAMES = {"sft": "sft", "reward_model": "reward", "ppo": "ppo"}
+
+
+def main(config: TrainerConfig) -> int:
+    """Serve until SIGTERM; returns the exit code."""
+    return serve(LABEL, config, services=SERVICES, load=load)
+
+
+async def load(context: ServerContext) -> Sequence[Service]:
+    """Check the kernels, open the store, and give the service."""
+    config = context.config
+    assert isinstance(config, TrainerConfig)
+    await asyncio.to_thread(check_selected_logprobs, config.device)
+    servicer = TrainerServicer(config, open_store(config.store), context.draining)
+    context.on_close(servicer.close)
+    return [Service(SERVICE_NAME, trainer_pb2_grpc.add_TrainerServiceServicer_to_server, servicer)]
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
@@ -229,15 +246,3 @@ async def _first_set(*events: asyncio.Event) -> None:
     finally:
         for wait in waits:
             wait.cancel()
-
-
-def main(config: TrainerConfig) -> int:
-    """Serve until SIGTERM; returns the exit code."""
-
-    async def load(context: ServerContext) -> list[Service]:
-        await asyncio.to_thread(check_selected_logprobs, config.device)
-        servicer = TrainerServicer(config, open_store(config.store), context.draining)
-        context.on_close(servicer.close)
-        return [Service(SERVICE_NAME, trainer_pb2_grpc.add_TrainerServiceServicer_to_server, servicer)]
-
-    return serve("trainer", config, services=[SERVICE_NAME], load=load)
