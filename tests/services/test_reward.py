@@ -284,6 +284,19 @@ async def test_load_version_swaps_and_each_reply_names_its_version(folder, make_
     assert old.code() == StatusCode.FAILED_PRECONDITION
 
 
+async def test_a_version_that_is_swapped_in_scores_as_one_that_was_loaded_at_start(folder, make_tiny, tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    store.publish(folder, run_id="rm", name="reward", step=1)
+    second = store.publish(make_tiny("reward", seed=2), run_id="rm", name="reward", step=2).version
+    settings = {"store": str(tmp_path / "store"), "dtype": "bfloat16"}
+    async with serving("version:rm/reward@2", **settings) as peer:
+        want = await peer.score(SEQUENCES)
+    async with serving("version:rm/reward@1", **settings) as peer:
+        assert (await peer.load(second.to_proto())).dtype == "bfloat16"
+        got = await peer.score(SEQUENCES)
+    assert got.tobytes() == want.tobytes()
+
+
 async def test_a_followed_pointer_moves_the_server_and_a_corrupt_version_does_not(folder, make_tiny, tmp_path):
     store = open_store(str(tmp_path / "store"))
     store.publish(folder, run_id="rm", name="reward", step=1)
@@ -329,7 +342,7 @@ async def test_what_cannot_be_served_is_refused_at_start_with_the_reason(folder,
     table = [
         (tmp_path / "absent", {}, "model: .*absent"),
         (corrupt, {}, "weights: .*corrupt"),
-        (make_tiny("policy"), {}, "model: "),
+        (make_tiny("policy"), {}, "weights: .*score"),
         (make_tiny("reward", edit=all_nan), {}, "not finite"),
         (make_tiny("reward", trimtab_score_mean=0.0, trimtab_score_std=0.0), {}, "trimtab_score_std 0.0"),
         ("version:rm/reward@3", {"store": str(tmp_path / "store")}, "rm/reward"),

@@ -46,10 +46,8 @@ async def load(context: ServerContext) -> Sequence[Service]:
     try:
         store = await asyncio.to_thread(open_store, config.store) if config.store is not None else None
         first = await context.worker.run(_load, config, store)
-    except (StoreError, KernelMismatchError) as error:
+    except (StoreError, ModelLoadError, KernelMismatchError) as error:
         raise StartError(str(error)) from error
-    except ModelLoadError as error:
-        raise StartError(f"model: {error}") from error
     served = ServedModel(first, metrics=context.metrics)
     batcher = Batcher(
         partial(_respond_all, first.model),

@@ -57,10 +57,8 @@ async def load(context: ServerContext) -> Sequence[Service]:
         store = await asyncio.to_thread(open_store, config.store) if config.store is not None else None
         followed = parse_reference(config.follow) if config.follow is not None else None
         first = await context.worker.run(_load_first, config, store)
-    except StoreError as error:
+    except (StoreError, ModelLoadError) as error:
         raise StartError(str(error)) from error
-    except ModelLoadError as error:
-        raise StartError(f"model: {error}") from error
     stager = Stager(context, config, store) if store is not None else None
     served = ServedModel(first, stage=stager.stage if stager is not None else None, metrics=context.metrics)
     if store is not None and followed is not None:

@@ -179,5 +179,5 @@ def _describe(problem: dict[str, Any], layers: dict[str, dict[str, Any]]) -> str
         return f"{'.'.join(map(str, location))}: is required"
     if not location:
         return message
-    origin = next((place for place, layer in reversed(layers.items()) if location[0] in layer), "")
+    origin = next((f"({place})" for place, layer in reversed(layers.items()) if location[0] in layer), "")
     return f"{'.'.join(map(str, location))}: {message} {origin}".rstrip()

@@ -74,7 +74,7 @@ def test_a_wrong_setting_is_refused_in_one_line_with_field_and_reason(yaml_file,
 
 def test_a_wrong_environment_variable_is_blamed_on_the_environment(monkeypatch):
     monkeypatch.setenv("TRIMTAB_PORT", "seven")
-    with pytest.raises(ConfigError, match=r"^port: .* from the environment$"):
+    with pytest.raises(ConfigError, match=r"^port: .* \(from the environment\)$"):
         load_config(RoomConfig, None, {"model": "a"})
 
 
