@@ -21,7 +21,8 @@ from google.protobuf.message import Message
 from trimtab.cli.errors import CommandError
 from trimtab_client.v1 import trainer_pb2
 
-STAGES: Mapping[str, type[Message]] = {
+StageMessage = trainer_pb2.SftConfig | trainer_pb2.RewardModelConfig | trainer_pb2.PpoConfig
+STAGES: Mapping[str, type[StageMessage]] = {
     "sft": trainer_pb2.SftConfig,
     "reward": trainer_pb2.RewardModelConfig,
     "ppo": trainer_pb2.PpoConfig,
@@ -29,7 +30,7 @@ STAGES: Mapping[str, type[Message]] = {
 FLOATS = frozenset({FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FLOAT})
 
 
-def stage_config(stage: str, values: Mapping[str, Any], source: str) -> Message:
+def stage_config(stage: str, values: Mapping[str, Any], source: str) -> StageMessage:
     """Build the config of `stage` ("sft", "reward", "ppo"); CommandError naming `source` and the key."""
     config = STAGES[stage]()
     shared = set(trainer_pb2.StageConfig.DESCRIPTOR.fields_by_name)
@@ -37,7 +38,7 @@ def stage_config(stage: str, values: Mapping[str, Any], source: str) -> Message:
     for key, value in values.items():
         if key not in shared | own:
             raise CommandError(f"{source}: {unknown_key(str(key), shared | own)}")
-        target = config.stage if key in shared else config  # type: ignore[attr-defined]
+        target = config.stage if key in shared else config
         _set(target, key, value, f"{source}: {key}")
     return config
 

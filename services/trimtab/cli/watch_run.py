@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from google.protobuf.message import Message
-
 from trimtab.cli.errors import CommandError
 from trimtab.cli.progress import RunProgress
+from trimtab.cli.stage_config import StageMessage
 from trimtab_client import RunStatus, StepMetrics, TrainerClient, Unavailable
 
 LOSSES_WITHOUT_PROGRESS = 3
@@ -21,7 +20,7 @@ class RunWatcher:
     """
 
     def __init__(
-        self, address: str, stage: str, run_id: str, config: Message, recover: Callable[[], None] | None
+        self, address: str, stage: str, run_id: str, config: StageMessage, recover: Callable[[], None] | None
     ) -> None:
         self._address = address
         self._stage = stage

@@ -30,12 +30,12 @@ def test_a_learning_rate_without_a_dot_is_a_number() -> None:
 
 def test_a_key_left_empty_stays_unset() -> None:
     config = stage_config("ppo", {"no_eos_score": None}, "f")
-    assert not config.HasField("no_eos_score")
+    assert isinstance(config, trainer_pb2.PpoConfig) and not config.HasField("no_eos_score")
 
 
 def test_zero_is_not_unset() -> None:
     config = stage_config("ppo", {"kl_coefficient": 0}, "f")
-    assert config.HasField("kl_coefficient")
+    assert isinstance(config, trainer_pb2.PpoConfig) and config.HasField("kl_coefficient")
 
 
 @pytest.mark.parametrize(
