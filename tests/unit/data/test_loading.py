@@ -85,6 +85,14 @@ def test_hh_transcripts_share_their_prompt_up_to_the_last_common_assistant_mark(
     assert load_rankings(path) == [Ranking(shared, (" Because so.", " Because no."), (1, 2))]
 
 
+def test_an_answer_that_ended_at_once_can_be_ranked_but_not_imitated(tmp_path):
+    path = write(tmp_path / "r.jsonl", {"prompt": "Q", "chosen": "yes", "rejected": ""})
+    assert load_rankings(path)[0].responses == ("yes", "")
+    path = write(tmp_path / "sft.jsonl", {"prompt": "Q", "completion": ""})
+    with pytest.raises(DataError, match="completion: is empty"):
+        load_demonstrations(path)
+
+
 def test_texts_without_a_shared_mark_answer_the_empty_prompt(tmp_path):
     path = write(tmp_path / "pair.jsonl", {"chosen": "The day was good", "rejected": "The day was bad"})
     assert load_rankings(path) == [Ranking("", ("The day was good", "The day was bad"), (1, 2))]
@@ -110,7 +118,7 @@ def test_parquet_and_folders_give_the_same_rows_as_jsonl(tmp_path):
         ({"prompt": "Q", "responses": ["a", "b"], "ranks": [2, 3]}, "ranks", "the best rank is 1"),
         ({"prompt": "Q", "responses": ["a", "b"], "ranks": [1, 1.5]}, "ranks[1]", "whole number"),
         ({"prompt": "Q", "responses": ["a", "b"], "ranks": [True, 2]}, "ranks[0]", "whole number"),
-        ({"prompt": "Q", "responses": ["a", " "], "ranks": [1, 2]}, "responses[1]", "is empty"),
+        ({"prompt": "Q", "responses": ["a", None], "ranks": [1, 2]}, "responses[1]", "missing"),
         ({"prompt": "Q", "responses": ["a", 5], "ranks": [1, 2]}, "responses[1]", "must be text"),
         ({"prompt": "Q", "responses": ["a"], "ranks": [1]}, "responses", "at least 2"),
         ({"prompt": 3, "responses": ["a", "b"], "ranks": [1, 2]}, "prompt", "must be text"),

@@ -112,7 +112,7 @@ def parse_ranking(fields: dict[str, Any]) -> Ranking:
         return Ranking(prompt, (chosen, rejected), (1, 2), labeler, group, _ended(fields, 2))
     responses = _list(fields.get("responses"), "responses")
     ranks = _list(fields.get("ranks"), "ranks")
-    texts = tuple(_answer(response, f"responses[{i}]") for i, response in enumerate(responses))
+    texts = tuple(_answer(response, f"responses[{i}]", may_be_empty=True) for i, response in enumerate(responses))
     if len(texts) < 2:
         raise RowError("responses", f"a ranking needs at least 2 responses, found {len(texts)}")
     if len(ranks) != len(texts):
@@ -131,7 +131,11 @@ def _pair(fields: dict[str, Any]) -> tuple[Prompt, str, str]:
             raise RowError(name, "missing; a ranking has responses and ranks, or chosen and rejected")
     chosen, rejected = fields["chosen"], fields["rejected"]
     if "prompt" in fields or "messages" in fields:
-        return _prompt(fields), _answer(chosen, "chosen"), _answer(rejected, "rejected")
+        return (
+            _prompt(fields),
+            _answer(chosen, "chosen", may_be_empty=True),
+            _answer(rejected, "rejected", may_be_empty=True),
+        )
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _chat_pair(_messages(chosen, "chosen"), _messages(rejected, "rejected"))
     return _transcript_pair(_text(chosen, "chosen"), _text(rejected, "rejected"))
@@ -145,7 +149,7 @@ def _chat_pair(chosen: tuple[ChatMessage, ...], rejected: tuple[ChatMessage, ...
         if messages[-1].role != "assistant":
             raise RowError(f"{name}[{len(messages) - 1}].role", "the last message must be the assistant's")
     prompt: Prompt = chosen[:-1] or ""
-    return prompt, _not_empty(chosen[-1].content, "chosen"), _not_empty(rejected[-1].content, "rejected")
+    return prompt, chosen[-1].content, rejected[-1].content
 
 
 def _transcript_pair(chosen: str, rejected: str) -> tuple[Prompt, str, str]:
@@ -159,7 +163,7 @@ def _transcript_pair(chosen: str, rejected: str) -> tuple[Prompt, str, str]:
         shared += 1
     start = chosen.rfind(mark, 0, shared)
     cut = start + len(mark) if start >= 0 else 0
-    return chosen[:cut], _not_empty(chosen[cut:], "chosen"), _not_empty(rejected[cut:], "rejected")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 def _prompt(fields: dict[str, Any]) -> Prompt:
@@ -170,14 +174,16 @@ def _prompt(fields: dict[str, Any]) -> Prompt:
     return _messages(value, name) if isinstance(value, list) or name == "messages" else _text(value, name)
 
 
-def _answer(value: Any, name: str) -> str:
-    """A response: text, or a list of one assistant message."""
+def _answer(value: Any, name: str, *, may_be_empty: bool = False) -> str:
+    """A response: text, or a list of one assistant message. One to be ranked may be empty: it ended at once."""
     if isinstance(value, list):
         messages = _messages(value, name)
         if len(messages) != 1 or messages[0].role != "assistant":
             raise RowError(name, "a response given as messages is exactly one assistant message")
-        return _not_empty(messages[0].content, f"{name}[0].content")
-    return _not_empty(_text(value, name), name)
+        name, text = f"{name}[0].content", messages[0].content
+    else:
+        text = _text(value, name)
+    return text if may_be_empty else _not_empty(text, name)
 
 
 def _messages(value: Any, name: str) -> tuple[ChatMessage, ...]:
