@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,24 @@ import grpc
 import grpc.aio
 
 Addresses = str | Sequence[str]
+_SCHEMES = ("unix:", "dns:", "ipv4:", "ipv6:")
 
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM files: `ca` checks the server (the system's authorities if None), `cert` and `key` identify the client."""
+    """PEM files: `ca` checks the server (the system's authorities if None), `cert` and `key` identify the client.
 
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
+    `server_name` is the name the server's certificate holds, where that is not the address's host.
+    """
+
+    ca: Path | str | None = None
+    cert: Path | str | None = None
+    key: Path | str | None = None
     server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("tls: cert and key belong together; give both or neither")
 
 
 @dataclass(frozen=True)
@@ -31,26 +39,30 @@ class ChannelOptions:
     Attributes:
         tls: None is plaintext. token: a bearer token; without TLS only to this machine.
         timeout_s: deadline of a call that gives none of its own.
+        max_message_bytes: largest request and answer.
         retries: most repeats of a call that is safe to repeat.
     """
 
     tls: Tls | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     timeout_s: float = 60.0
     max_message_bytes: int = 256 * 1024 * 1024
     retries: int = 4
 
 
 def parse_addresses(addresses: Addresses) -> list[str]:
-    """ "host:port", "a:1,b:2" or a list of these; ValueError for anything else."""
+    """ "host:port", "a:1,b:2" or a list of these; ValueError for anything else.
+
+    gRPC's own "dns:", "ipv4:", "ipv6:" and "unix:" names go through as they are.
+    """
     parts = addresses.split(",") if isinstance(addresses, str) else list(addresses)
     parsed = [part.strip() for part in parts if part.strip()]
     if not parsed:
         raise ValueError("give at least one address as host:port")
     for address in parsed:
-        if "://" not in address and not address.startswith(("unix:", "dns:")):
+        if not address.startswith(_SCHEMES):
             host, _, port = address.rpartition(":")
-            if not host or not port.isdigit():
+            if not host or "/" in host or not port.isdigit() or not 0 < int(port) < 65536:
                 raise ValueError(f"{address!r} is not host:port")
     return parsed
 
@@ -79,7 +91,7 @@ def open_async(address: str, options: ChannelOptions) -> grpc.aio.Channel:
 
 
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:
-    ca, key, cert = (None if path is None else path.read_bytes() for path in (tls.ca, tls.key, tls.cert))
+    ca, key, cert = (None if path is None else Path(path).read_bytes() for path in (tls.ca, tls.key, tls.cert))
     return grpc.ssl_channel_credentials(ca, key, cert)
 
 
@@ -87,8 +99,14 @@ def _arguments(options: ChannelOptions) -> list[tuple[str, Any]]:
     arguments: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
+        # A name with several addresses behind it (a headless Service) is used evenly.
         ("grpc.lb_policy_name", "round_robin"),
         ("grpc.keepalive_time_ms", 30_000),
+        # gRPC's own pause between connection attempts grows to two minutes: a server that is back must be found soon.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        # Retries are ours alone.
+        ("grpc.enable_retries", 0),
         ("grpc.enable_http_proxy", 0),
     ]
     if options.tls is not None and options.tls.server_name is not None:
@@ -97,8 +115,16 @@ def _arguments(options: ChannelOptions) -> list[tuple[str, Any]]:
 
 
 def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
+    if address.startswith("unix:"):
+        return True
+    name = address.partition(":")[2] if address.startswith(_SCHEMES) else address
+    # dns:[//authority/]host:port, ipv4:a:1,b:2
+    hosts = [part.rpartition(":")[0].strip("[]") for part in name.rpartition("/")[2].split(",")]
+    return all(_is_loopback_host(host) for host in hosts)
+
+
+def _is_loopback_host(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost" or address.startswith("unix:")
+        return host == "localhost"

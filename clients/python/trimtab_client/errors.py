@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -26,6 +29,11 @@ class TrimtabError(Exception):
         self.message = message
         self.field = field
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception must survive the way back from a worker process.
+        state = {"field": self.field, "retry_after_s": self.retry_after_s}
+        return type(self), (self.code, self.message), state
 
 
 class InvalidArgument(TrimtabError):
@@ -73,7 +81,7 @@ class Cancelled(TrimtabError):
 
 
 class Internal(TrimtabError):
-    """The server is at fault."""
+    """The server is at fault: it failed, or answered what contradicts itself."""
 
 
 _CLASSES: dict[grpc.StatusCode, type[TrimtabError]] = {
@@ -93,7 +101,10 @@ _CLASSES: dict[grpc.StatusCode, type[TrimtabError]] = {
 
 
 def from_rpc_error(error: grpc.RpcError) -> TrimtabError:
-    """The typed exception of a failed call, with what its google.rpc details say."""
+    """The typed exception of a failed call, with what its google.rpc details say.
+
+    Codes without a class of their own (UNKNOWN, UNIMPLEMENTED, ABORTED) become `Internal` with their code's name.
+    """
     code: grpc.StatusCode = error.code()  # type: ignore[attr-defined]
     message: str = error.details() or code.name.lower()  # type: ignore[attr-defined]
     field, retry_after_s = None, None
@@ -103,12 +114,21 @@ def from_rpc_error(error: grpc.RpcError) -> TrimtabError:
     return _CLASSES.get(code, Internal)(code.name, message, field=field, retry_after_s=retry_after_s)
 
 
+def contradiction(what: str) -> Internal:
+    """The error of an answer that cannot be right."""
+    return Internal("INTERNAL", f"the server's answer contradicts itself: {what}")
+
+
 def _details(data: bytes) -> tuple[str | None, float | None]:
     field, retry_after_s = None, None
-    for detail in status_pb2.Status.FromString(data).details:
-        bad_request, retry_info = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-        if detail.Unpack(bad_request) and bad_request.field_violations:
-            field = bad_request.field_violations[0].field
-        elif detail.Unpack(retry_info):
-            retry_after_s = retry_info.retry_delay.ToTimedelta().total_seconds()
+    try:
+        for detail in status_pb2.Status.FromString(data).details:
+            bad_request, retry_info = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+            if detail.Unpack(bad_request) and bad_request.field_violations:
+                field = bad_request.field_violations[0].field
+            elif detail.Unpack(retry_info):
+                retry_after_s = retry_info.retry_delay.ToTimedelta().total_seconds()
+    except DecodeError:
+        # Details only add to code and message; a proxy's unreadable ones must not hide those.
+        return field, retry_after_s
     return field, retry_after_s

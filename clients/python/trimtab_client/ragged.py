@@ -15,6 +15,7 @@ from trimtab_client.v1 import tokens_pb2
 
 IDS = np.dtype("<i4")
 FLOATS = np.dtype("<f4")
+INT32 = np.iinfo(np.int32)
 
 
 class RaggedError(ValueError):
@@ -26,9 +27,23 @@ class RaggedError(ValueError):
         self.reason = reason
 
 
+def as_ids(ids: ArrayLike) -> np.ndarray:
+    """int32 [N] of token ids, a view where they are that already; RaggedError where they are no int32s."""
+    array = np.asarray(ids)
+    if array.ndim != 1:
+        raise RaggedError("token_ids", f"one row of ids is needed, not an array of shape {array.shape}")
+    if array.dtype == IDS:
+        return array
+    if array.size and array.dtype.kind not in "iu":
+        raise RaggedError("token_ids", f"whole numbers are needed, not {array.dtype}")
+    if array.size and not (INT32.min <= array.min() and array.max() <= INT32.max):
+        raise RaggedError("token_ids", "an id does not fit into 32 bits")
+    return array.astype(IDS)
+
+
 def encode_ids(ids: ArrayLike) -> bytes:
-    """int32 little-endian bytes of token ids."""
-    return np.ascontiguousarray(ids, dtype=IDS).tobytes()
+    """int32 little-endian bytes of token ids; RaggedError where they are no int32s."""
+    return as_ids(ids).tobytes()
 
 
 def decode_ids(data: bytes, field: str = "token_ids") -> np.ndarray:
@@ -61,7 +76,7 @@ class RaggedTokens:
     prompt_lengths: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        _check_lengths(self.lengths, len(self.token_ids), "token_ids")
+        _check_lengths(self.lengths, self.token_ids, "token_ids")
         if self.prompt_lengths is not None:
             if self.prompt_lengths.shape != self.lengths.shape:
                 raise RaggedError(
@@ -75,7 +90,7 @@ class RaggedTokens:
         cls, sequences: Sequence[ArrayLike], prompt_lengths: Sequence[int] | np.ndarray | None = None
     ) -> RaggedTokens:
         """From one array of ids a sequence."""
-        arrays = [np.asarray(sequence, dtype=IDS) for sequence in sequences]
+        arrays = [as_ids(sequence) for sequence in sequences]
         return cls(
             token_ids=np.concatenate(arrays) if arrays else np.zeros(0, IDS),
             lengths=np.array([len(array) for array in arrays], dtype=np.int64),
@@ -113,7 +128,7 @@ class RaggedFloats:
     lengths: np.ndarray
 
     def __post_init__(self) -> None:
-        _check_lengths(self.lengths, len(self.values), "values")
+        _check_lengths(self.lengths, self.values, "values")
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[ArrayLike]) -> RaggedFloats:
@@ -142,11 +157,15 @@ def _decode(data: bytes, dtype: np.dtype, field: str) -> np.ndarray:
     return np.frombuffer(data, dtype=dtype)
 
 
-def _check_lengths(lengths: np.ndarray, values: int, field: str) -> None:
+def _check_lengths(lengths: np.ndarray, values: np.ndarray, field: str) -> None:
+    if values.ndim != 1:
+        raise RaggedError(field, f"one row of values is needed, not an array of shape {values.shape}")
+    if lengths.ndim != 1 or (lengths.size and lengths.dtype.kind not in "iu"):
+        raise RaggedError("lengths", f"one row of whole numbers is needed, not {lengths.dtype} {lengths.shape}")
     if bool((lengths < 0).any()):
         raise RaggedError("lengths", "a length is negative")
-    if int(lengths.sum()) != values:
-        raise RaggedError("lengths", f"add up to {int(lengths.sum())}, but {field} holds {values} values")
+    if int(lengths.sum()) != len(values):
+        raise RaggedError("lengths", f"add up to {int(lengths.sum())}, but {field} holds {len(values)} values")
 
 
 def _split(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

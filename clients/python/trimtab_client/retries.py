@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import time
 
 from trimtab_client.errors import ResourceExhausted, TrimtabError, Unavailable
 
@@ -18,14 +18,40 @@ def may_repeat(error: TrimtabError) -> bool:
     return isinstance(error, Unavailable)
 
 
-def delays(retries: int) -> Iterator[float]:
-    """Seconds before each retry: exponential, with jitter over the upper half."""
-    delay_s = FIRST_DELAY_S
-    for _ in range(retries):
-        yield delay_s * (0.5 + 0.5 * random.random())
-        delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+class RetryPlan:
+    """The retries of one call until its deadline.
 
+    A call that one address cannot take (UNAVAILABLE) goes to each other address at once, which counts as no retry.
+    After that the delay is exponential with jitter over its upper half, on top of what RetryInfo demands.
 
-def delay_for(error: TrimtabError, planned_s: float) -> float:
-    """The server's own RetryInfo, where it is longer than the planned delay."""
-    return max(planned_s, error.retry_after_s or 0.0)
+    Args:
+        retries: most repeats, 0 for a call that is not safe to repeat.
+        until: the call's deadline on `time.monotonic`.
+        other_addresses: how many addresses beside the first can take the call.
+    """
+
+    def __init__(self, retries: int, until: float, other_addresses: int = 0) -> None:
+        self._retries = retries
+        self._until = until
+        self._other_addresses = other_addresses if retries else 0
+        self.progressed()
+
+    def progressed(self) -> None:
+        """The call got something through: what failed before no longer counts."""
+        self._left = self._retries
+        self._failovers = self._other_addresses
+        self._delay_s = FIRST_DELAY_S
+
+    def wait_s(self, error: TrimtabError) -> float | None:
+        """Seconds to wait before the next try, or None where there is none."""
+        if not may_repeat(error):
+            return None
+        if isinstance(error, Unavailable) and self._failovers:
+            self._failovers -= 1
+            return 0.0 if time.monotonic() < self._until else None
+        if not self._left:
+            return None
+        self._left -= 1
+        wait_s = self._delay_s * (0.5 + 0.5 * random.random()) + (error.retry_after_s or 0.0)
+        self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S)
+        return wait_s if time.monotonic() + wait_s < self._until else None

@@ -1,182 +1,217 @@
-"""Sending calls: deadlines, retries, several addresses. One transport a style; what a call means is in `requests`."""
+"""Blocking calls: channels, threads, cancelling. `transport_aio` is its asyncio twin.
+
+What a call means is in the clients' modules, where it goes in `routing`, when it is repeated in `retries`.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
+import os
+import queue
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import grpc
-import grpc.aio
 
-from trimtab_client.channel import Addresses, ChannelOptions, metadata, open_async, open_sync, parse_addresses
-from trimtab_client.errors import TrimtabError, from_rpc_error
-from trimtab_client.retries import delay_for, delays, may_repeat
+from trimtab_client.calls import Call, Program, Stream
+from trimtab_client.channel import Addresses, ChannelOptions, open_sync
+from trimtab_client.errors import Cancelled, TrimtabError, from_rpc_error
+from trimtab_client.retries import RetryPlan
+from trimtab_client.routing import Routing
 
 T = TypeVar("T")
-CALLS_AT_ONCE_PER_ADDRESS = 2
-
-
-@dataclass(frozen=True)
-class Call(Generic[T]):
-    """One request and how its answer (or each message of a stream) is read.
-
-    `stub` is the generated stub class, `method` its method; `repeatable` says whether a repeat is harmless.
-    """
-
-    stub: Any
-    method: str
-    request: Any
-    parse: Callable[[Any], T]
-    repeatable: bool = True
 
 
 class SyncTransport:
-    """Blocking calls over one channel an address; thread-safe."""
+    """Sends calls over one channel an address; thread-safe.
+
+    Channels open with the first call, and anew in a forked child.
+    """
 
     def __init__(self, addresses: Addresses, options: ChannelOptions) -> None:
-        self.addresses = parse_addresses(addresses)
-        self.options = options
-        self._metadata = metadata(options, self.addresses)
-        self._channels = [open_sync(address, options) for address in self.addresses]
-        self._turn = itertools.count()
+        self.routing = Routing(addresses, options)
         self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._channels: dict[int, grpc.Channel] = {}
+        self._stubs: dict[tuple[int, type], Any] = {}
+        self._closed = False
+
+    def run(self, program: Program[T], timeout_s: float | None = None) -> T:
+        """Carry out a program; one deadline for all its calls."""
+        return self._run(program, self.routing.until(timeout_s))
 
     def unary(self, call: Call[T], timeout_s: float | None = None) -> T:
-        """Send one call; a repeatable one is tried again, at the next address, until its deadline."""
-        until = time.monotonic() + (self.options.timeout_s if timeout_s is None else timeout_s)
-        planned = delays(self.options.retries if call.repeatable else 0)
-        while True:
-            try:
-                send = getattr(call.stub(self._next()), call.method)
-                answer = send(call.request, timeout=max(until - time.monotonic(), 0.001), metadata=self._metadata)
-                return call.parse(answer)
-            except grpc.RpcError as failure:
-                error = from_rpc_error(failure)
-                wait_s = _wait(error, planned, until)
-                if wait_s is None:
-                    raise error from None
-                time.sleep(wait_s)
+        """Send one call; a repeatable one is tried again, at the other addresses too, until its deadline."""
+        return self._unary(call, self.routing.until(timeout_s), _InFlight())
 
-    def many(self, calls: Sequence[Call[T]], timeout_s: float | None = None) -> list[T]:
-        """Send several calls, spread over the addresses; answers in the calls' order."""
-        if len(calls) == 1:
-            return [self.unary(calls[0], timeout_s)]
-        with ThreadPoolExecutor(CALLS_AT_ONCE_PER_ADDRESS * len(self._channels)) as pool:
-            return list(pool.map(lambda call: self.unary(call, timeout_s), calls))
+    def everywhere(self, call: Call[T], timeout_s: float | None = None) -> list[T]:
+        """Send one call to each address; answers in the addresses' order."""
+        until = self.routing.until(timeout_s)
 
-    def stream(self, call: Call[T], timeout_s: float | None = None) -> Iterator[T]:
-        """The messages of a server stream; repeated only before the first message came."""
-        until = time.monotonic() + (self.options.timeout_s if timeout_s is None else timeout_s)
-        planned = delays(self.options.retries if call.repeatable else 0)
-        while True:
-            started = False
-            open_stream = getattr(call.stub(self._next()), call.method)
-            stream = open_stream(call.request, timeout=max(until - time.monotonic(), 0.001), metadata=self._metadata)
-            try:
-                for message in stream:
-                    started = True
-                    yield call.parse(message)
-                return
-            except grpc.RpcError as failure:
-                error = from_rpc_error(failure)
-                wait_s = None if started else _wait(error, planned, until)
-                if wait_s is None:
-                    raise error from None
-                time.sleep(wait_s)
-            finally:
-                stream.cancel()
+        def one(place: int, in_flight: _InFlight) -> T:
+            return self._unary(call, until, in_flight, only=place)
+
+        places = range(len(self.routing.addresses))
+        return _at_once(one, places, len(places))
+
+    def streams(self, program: Program[Sequence[Stream[T]]], timeout_s: float | None = None) -> Iterator[T]:
+        """The items of all streams that a program makes, as they come; one deadline for all."""
+        until = self.routing.until(timeout_s)
+        streams = self._run(program, until)
+        if len(streams) == 1:
+            yield from self._stream(streams[0], until, _InFlight())
+        else:
+            yield from self._merged(streams, until)
 
     def close(self) -> None:
-        """Close all channels."""
-        for channel in self._channels:
-            channel.close()
-
-    def _next(self) -> grpc.Channel:
+        """Close all channels; what is in flight is cancelled."""
         with self._lock:
-            return self._channels[next(self._turn) % len(self._channels)]
+            self._closed = True
+            for channel in self._channels.values() if self._pid == os.getpid() else ():
+                channel.close()
 
+    def _run(self, program: Program[T], until: float) -> T:
+        def one(call: Call[Any], in_flight: _InFlight) -> Any:
+            return self._unary(call, until, in_flight)
 
-class AsyncTransport:
-    """asyncio calls over one channel an address; used on the event loop it first calls on."""
+        try:
+            calls = next(program)
+            while True:
+                calls = program.send(_at_once(one, calls, self.routing.calls_at_once))
+        except StopIteration as end:
+            return end.value
 
-    def __init__(self, addresses: Addresses, options: ChannelOptions) -> None:
-        self.addresses = parse_addresses(addresses)
-        self.options = options
-        self._metadata = metadata(options, self.addresses)
-        self._channels: list[grpc.aio.Channel] = []
-        self._turn = itertools.count()
-
-    async def unary(self, call: Call[T], timeout_s: float | None = None) -> T:
-        """Send one call; a repeatable one is tried again, at the next address, until its deadline."""
-        until = time.monotonic() + (self.options.timeout_s if timeout_s is None else timeout_s)
-        planned = delays(self.options.retries if call.repeatable else 0)
+    def _unary(self, call: Call[T], until: float, in_flight: _InFlight, only: int | None = None) -> T:
+        places, retries = self.routing.places(only), self.routing.retries(call, until, only)
         while True:
             try:
-                send = getattr(call.stub(self._next()), call.method)
-                answer = await send(call.request, timeout=max(until - time.monotonic(), 0.001), metadata=self._metadata)
-                return call.parse(answer)
-            except grpc.aio.AioRpcError as failure:
-                error = from_rpc_error(failure)
-                wait_s = _wait(error, planned, until)
-                if wait_s is None:
-                    raise error from None
-                await asyncio.sleep(wait_s)
+                rpc = self._method(call, next(places)).future(call.request, **self.routing.sending(until))
+                with in_flight.holding(rpc):
+                    return call.read(rpc.result())
+            except grpc.FutureCancelledError:
+                raise Cancelled("CANCELLED", "cancelled on this side") from None
+            except grpc.RpcError as failure:
+                in_flight.pause(retries, from_rpc_error(failure))
 
-    async def many(self, calls: Sequence[Call[T]], timeout_s: float | None = None) -> list[T]:
-        """Send several calls, spread over the addresses; answers in the calls' order."""
-        at_once = asyncio.Semaphore(CALLS_AT_ONCE_PER_ADDRESS * len(self.addresses))
-
-        async def one(call: Call[T]) -> T:
-            async with at_once:
-                return await self.unary(call, timeout_s)
-
-        return list(await asyncio.gather(*(one(call) for call in calls)))
-
-    async def stream(self, call: Call[T], timeout_s: float | None = None) -> AsyncIterator[T]:
-        """The messages of a server stream; repeated only before the first message came."""
-        until = time.monotonic() + (self.options.timeout_s if timeout_s is None else timeout_s)
-        planned = delays(self.options.retries if call.repeatable else 0)
-        while True:
-            started = False
-            open_stream = getattr(call.stub(self._next()), call.method)
-            stream = open_stream(call.request, timeout=max(until - time.monotonic(), 0.001), metadata=self._metadata)
+    def _stream(self, stream: Stream[T], until: float, in_flight: _InFlight) -> Iterator[T]:
+        places, retries = self.routing.places(), None
+        while (call := stream.next_call()) is not None:
+            retries = retries or self.routing.retries(call, until)
             try:
-                async for message in stream:
-                    started = True
-                    yield call.parse(message)
-                return
-            except grpc.aio.AioRpcError as failure:
+                rpc = self._method(call, next(places))(call.request, **self.routing.sending(until))
+                with in_flight.holding(rpc):
+                    for message in rpc:
+                        item = stream.accept(call.read(message))
+                        retries.progressed()
+                        yield item
+                stream.ended()
+            except grpc.RpcError as failure:
                 error = from_rpc_error(failure)
-                wait_s = None if started else _wait(error, planned, until)
-                if wait_s is None:
+                if not stream.may_resume():
                     raise error from None
-                await asyncio.sleep(wait_s)
-            finally:
-                stream.cancel()
+                if stream.next_call() is not None:
+                    in_flight.pause(retries, error)
 
-    async def close(self) -> None:
-        """Close all channels."""
-        for channel in self._channels:
-            await channel.close(None)
+    def _merged(self, streams: Sequence[Stream[T]], until: float) -> Iterator[T]:
+        in_flight = _InFlight()
+        arrived: queue.SimpleQueue[T | _Ended] = queue.SimpleQueue()
 
-    def _next(self) -> grpc.aio.Channel:
-        if not self._channels:
-            self._channels = [open_async(address, self.options) for address in self.addresses]
-        return self._channels[next(self._turn) % len(self._channels)]
+        def follow(stream: Stream[T]) -> None:
+            failure: BaseException | None = None
+            try:
+                for item in self._stream(stream, until, in_flight):
+                    arrived.put(item)
+            except BaseException as error:
+                failure = error
+            arrived.put(_Ended(failure))
+
+        pool = ThreadPoolExecutor(min(len(streams), self.routing.calls_at_once))
+        try:
+            for stream in streams:
+                pool.submit(follow, stream)
+            running = len(streams)
+            while running:
+                item = arrived.get()
+                if not isinstance(item, _Ended):
+                    yield item
+                elif item.failure is None:
+                    running -= 1
+                else:
+                    raise item.failure
+        finally:
+            in_flight.cancel()
+            pool.shutdown(cancel_futures=True)
+
+    def _method(self, call: Call[Any], place: int) -> Any:
+        with self._lock:
+            if self._closed:
+                raise ValueError("the client is closed; make a new one")
+            if self._pid != os.getpid():
+                self._channels, self._stubs, self._pid = {}, {}, os.getpid()
+            if place not in self._channels:
+                self._channels[place] = open_sync(self.routing.addresses[place], self.routing.options)
+            if (place, call.stub) not in self._stubs:
+                self._stubs[place, call.stub] = call.stub(self._channels[place])
+            return getattr(self._stubs[place, call.stub], call.method)
 
 
-def _wait(error: TrimtabError, planned: Iterator[float], until: float) -> float | None:
-    """Seconds to wait before the next try, or None where there is none."""
-    if not may_repeat(error):
-        return None
-    delay_s = next(planned, None)
-    if delay_s is None:
-        return None
-    delay_s = delay_for(error, delay_s)
-    return delay_s if time.monotonic() + delay_s < until else None
+class _InFlight:
+    """The running gRPC calls of one client call, so that the failure of one ends the others at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rpcs: set[Any] = set()
+        self._cancelled = threading.Event()
+
+    @contextmanager
+    def holding(self, rpc: Any) -> Iterator[None]:
+        """Keep the call on the list; it is cancelled if it is left before its end."""
+        with self._lock:
+            self._rpcs.add(rpc)
+        try:
+            if self._cancelled.is_set():
+                rpc.cancel()
+            yield
+        finally:
+            with self._lock:
+                self._rpcs.discard(rpc)
+            rpc.cancel()
+
+    def pause(self, retries: RetryPlan, error: TrimtabError) -> None:
+        """Wait for the next try; raises the error where there is none."""
+        wait_s = retries.wait_s(error)
+        if wait_s is None or self._cancelled.wait(wait_s):
+            raise error from None
+
+    def cancel(self) -> None:
+        """End all running calls, and the pauses between tries."""
+        self._cancelled.set()
+        with self._lock:
+            rpcs = list(self._rpcs)
+        for rpc in rpcs:
+            rpc.cancel()
+
+
+class _Ended:
+    """A stream's end, in the queue of what arrived."""
+
+    def __init__(self, failure: BaseException | None) -> None:
+        self.failure = failure
+
+
+def _at_once(one: Callable[[Any, _InFlight], T], items: Sequence[Any], most: int) -> list[T]:
+    """`one` of each item, several at a time; the first failure cancels the rest."""
+    in_flight = _InFlight()
+    if len(items) <= 1:
+        return [one(item, in_flight) for item in items]
+    pool = ThreadPoolExecutor(min(len(items), most))
+    try:
+        futures: list[Future[T]] = [pool.submit(one, item, in_flight) for item in items]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
+        return [future.result() for future in futures]
+    finally:
+        in_flight.cancel()
+        pool.shutdown(cancel_futures=True)

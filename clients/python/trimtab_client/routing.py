@@ -1,0 +1,51 @@
+"""Where each try of a call goes, until when, and with what: shared by both transports."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from trimtab_client.calls import Call
+from trimtab_client.channel import Addresses, ChannelOptions, metadata, parse_addresses
+from trimtab_client.retries import RetryPlan
+
+CALLS_AT_ONCE_PER_ADDRESS = 2
+SHORTEST_TIMEOUT_S = 0.001
+
+
+class Routing:
+    """The addresses of a client. Calls start at one after another, a repeat goes to the next."""
+
+    def __init__(self, addresses: Addresses, options: ChannelOptions) -> None:
+        self.addresses = parse_addresses(addresses)
+        self.options = options
+        self.metadata = metadata(options, self.addresses)
+        self._turn = itertools.count(random.randrange(len(self.addresses)))
+
+    @property
+    def calls_at_once(self) -> int:
+        """Most calls that one batch has in flight."""
+        return CALLS_AT_ONCE_PER_ADDRESS * len(self.addresses)
+
+    def until(self, timeout_s: float | None) -> float:
+        """The deadline, on `time.monotonic`, of a call that starts now."""
+        return time.monotonic() + (self.options.timeout_s if timeout_s is None else timeout_s)
+
+    def places(self, only: int | None = None) -> Iterator[int]:
+        """The position of the address of each try; `only` this one if given."""
+        if only is not None:
+            return itertools.repeat(only)
+        first = next(self._turn)
+        return (place % len(self.addresses) for place in itertools.count(first))
+
+    def retries(self, call: Call[Any], until: float, only: int | None = None) -> RetryPlan:
+        """The retries of one call."""
+        others = 0 if only is not None else len(self.addresses) - 1
+        return RetryPlan(self.options.retries if call.repeatable else 0, until, others)
+
+    def sending(self, until: float) -> dict[str, Any]:
+        """The keyword arguments of a stub's method: the time left and the metadata."""
+        return {"timeout": max(until - time.monotonic(), SHORTEST_TIMEOUT_S), "metadata": self.metadata}
