@@ -12,7 +12,16 @@ import pytest
 import torch
 from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from trimtab.reference.config import ReferenceConfig
 from trimtab.reference.service import LABEL, SERVICES, load
@@ -98,6 +107,39 @@ async def test_logprobs_lse_and_entropy_equal_transformers_own_forward(folder, t
         assert got.lengths.tolist() == [2, 1, 31, 4]
         np.testing.assert_allclose(got.values, np.concatenate(want), atol=1e-5)
     assert reply.version.name == str(folder)
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+HEADS = {
+    "scaled logits": lambda size: GraniteForCausalLM(GraniteConfig(vocab_size=size, logits_scaling=3.0, **SMALL)),
+    "capped logits": lambda size: Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=size, head_dim=8, final_logit_softcapping=2.0, **SMALL)
+    ),
+    "head with a bias": lambda size: PhiForCausalLM(PhiConfig(vocab_size=size, **SMALL)),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+async def test_the_logit_scaling_of_each_family_counts(folder, tmp_path, head):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(5)
+    model = HEADS[head](len(tokenizer))
+    if head == "head with a bias":
+        torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    async with serving(tmp_path) as peer:
+        reply = await peer.logprobs(SEQUENCES, PROMPTS, temperature=0.7)
+    want = np.concatenate(own_forward(tmp_path, 0.7)[0])
+    np.testing.assert_allclose(RaggedFloats.from_proto(reply.logprobs).values, want, atol=2e-5)
 
 
 async def test_only_what_was_asked_for_travels_and_an_unset_temperature_is_1(folder):
