@@ -187,6 +187,8 @@ class _Encoder:
             ids_T, prompt_length = np.concatenate([head, tail]), len(head)
         if ended:
             ids_T = np.concatenate([ids_T, self.end])
+        if not len(ids_T):
+            raise DataError("rows", self.row_number, field, "gives no token: prompt and response are empty")
         if len(ids_T) > self.max_length:
             if self.on_long == "refuse":
                 reason = f"{len(ids_T)} tokens with its prompt, more than the {self.max_length} allowed"
