@@ -15,8 +15,8 @@ install: $(STAMP)      ## .venv with trimtab, its client and every tool, pinned 
 
 $(STAMP): constraints.txt pyproject.toml clients/python/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e clients/python -e '.[dev]'
+	$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -qq -c constraints.txt -e clients/python -e '.[dev]'
 	touch $(STAMP)
 
 lint: install          ## ruff, pyright, import-linter
@@ -35,7 +35,7 @@ wheels: install        ## both wheels; the client's is tried in an empty environ
 	$(BIN)/python -m build --wheel --outdir dist clients/python
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(PYTHON) -m venv build/empty-venv
-	build/empty-venv/bin/python -m pip install --quiet -c constraints.txt dist/trimtab_client-*.whl
+	build/empty-venv/bin/python -m pip install -qq -c constraints.txt dist/trimtab_client-*.whl
 	cd build && empty-venv/bin/python -c "import sys, trimtab_client; assert 'torch' not in sys.modules; print('client wheel imports without torch')"
 
 unit: install          ## pytest without the slow tests, with coverage
@@ -47,7 +47,7 @@ test-all: lint wire wheels   ## and the long proofs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 demo: install          ## the three stages on real data, in minutes on two cores
-	$(BIN)/trimtab demo
+	$(BIN)/trimtab demo --fresh
 
 bench: install         ## side-by-side measurements
 	$(BIN)/python -m benchmarks

@@ -90,6 +90,29 @@ def test_up_with_a_wrong_model_is_one_line_with_the_reason(tmp_path: Path) -> No
     assert result.stderr.count("\n") == 1 and f"{tmp_path / 'none'} is not a model folder" in result.stderr
 
 
+def test_a_service_with_tls_is_supervised_and_reached_by_its_authority_only(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    options = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    command = ["openssl", *options.split(), "-addext", names, "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True)
+    section: dict[str, object] = {"model": str(MODEL), "tls_cert": str(cert), "tls_key": str(key)}
+    path, addresses = up_file(tmp_path, generator=section)
+    with running("up", "-c", str(path)) as up:
+        wait_for(up, "generator: serving")
+        arguments = ("generate", "--address", addresses["generator"], "--max-tokens", "4", "Once upon a time")
+        assert trimtab(*arguments, "--tls-ca", str(cert)).stdout.startswith("Once upon a time")
+        up.send_signal(signal.SIGTERM)
+        assert up.wait(60) == 0
+
+
+def test_a_token_never_travels_in_the_clear_to_another_machine(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    result = trimtab("generate", "--address", "192.0.2.1:1", "--token-file", str(tmp_path / "token"), "Hi")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and "needs TLS" in result.stderr
+
+
 def test_train_starts_its_own_trainer_publishes_and_exits_0(tmp_path: Path) -> None:
     config = tmp_path / "sft.yaml"
     config.write_text(f"model: {MODEL}\ndata: {demonstrations(tmp_path)}\nepochs: 1\nbatch_size: 4\nmax_length: 64\n")

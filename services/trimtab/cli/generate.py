@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trimtab.cli.connection import TlsCa, TlsCert, TlsFlag, TlsKey, TokenFile, channel_options
 from trimtab.cli.errors import CommandError
 from trimtab.cli.rows import read_rows
 
@@ -28,6 +29,11 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same completions.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send texts as chat messages of a user.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON row a completion.")] = False,
+    tls: TlsFlag = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Sample completions from a running generator. They are printed in the order of the prompts."""
     from trimtab_client import GeneratorClient, Sampling
@@ -38,7 +44,8 @@ def generate(
     sampling = Sampling(
         n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=tuple(stop or ()), seed=seed
     )
-    with GeneratorClient(address) as client:
+    options = channel_options(address, tls, tls_ca, tls_cert, tls_key, token_file)
+    with GeneratorClient(address, options) as client:
         completions = sorted(client.generate(prompts, sampling), key=lambda c: (c.prompt_index, c.sample_index))
     for completion in completions:
         prompt = prompts[completion.prompt_index]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trimtab.cli.connection import TlsCa, TlsCert, TlsFlag, TlsKey, TokenFile, channel_options
 from trimtab.cli.errors import CommandError
 from trimtab.cli.rows import read_rows
 
@@ -20,6 +21,11 @@ def score(
     ] = None,
     address: Annotated[str, typer.Option(help="HOST:PORT of the service; several by commas.")] = "127.0.0.1:7102",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON row a response.")] = False,
+    tls: TlsFlag = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Score responses with a running reward model: the raw score, and normalised by its own mean and deviation."""
     from trimtab_client import RewardClient
@@ -29,7 +35,8 @@ def score(
     chats = ["messages" in row for row in rows]
     if any(chats) and not all(chats):
         raise CommandError('either all rows have "messages" or none has')
-    with RewardClient(address) as client:
+    options = channel_options(address, tls, tls_ca, tls_cert, tls_key, token_file)
+    with RewardClient(address, options) as client:
         if all(chats):
             scores = client.score_chats([row["messages"] for row in rows])
         else:

@@ -3,7 +3,7 @@
 Keys are the field names of protos/trimtab/v1/trainer.proto. Those of StageConfig (model, seed, optimizer, …)
 stand at the top beside the stage's own:
 
-    model: examples/model
+    model: HuggingFaceTB/SmolLM2-135M-Instruct
     data: stories.jsonl
     epochs: 2
     optimizer: {learning_rate: 2e-3}

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from trimtab.cli.connection import TlsCa, TlsCert, TlsFlag, TlsKey, TokenFile, channel_options
 from trimtab.cli.settings import merged, parse_assignments, read_yaml
 
 
@@ -29,6 +30,11 @@ def train(
     store: Annotated[str, typer.Option(envvar="TRIMTAB_STORE", help="Store of a trainer started here.")] = "runs/store",
     folder: Annotated[Path, typer.Option(help="Where logs and metrics of a trainer started here go.")] = Path("runs"),
     assignments: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting.")] = None,
+    tls: TlsFlag = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Train one stage and show its metrics. ctrl-C ends the run after the current step."""
     from trimtab.cli.signals import sigterm_interrupts
@@ -37,8 +43,9 @@ def train(
 
     values = merged(read_yaml(config), parse_assignments(assignments or []))
     proto = stage_config(stage.value, values, str(config))
+    options = channel_options(address, tls, tls_ca, tls_cert, tls_key, token_file) if address else None
     with sigterm_interrupts(), trainer_at(address, store, folder, run_id) as (where, recover):
-        RunWatcher(where, stage.value, run_id, proto, recover).run()
+        RunWatcher(where, stage.value, run_id, proto, recover, options).run()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The YAML file of `trimtab up`: one section per service, in the words of that service's own config.
 
 store: store
-generator: {model: "examples/model"}
+generator: {model: "examples/models/stories260K-hf"}
 reward: {model: "version:first/reward", port: 7202}
 trainer: {}
 """
@@ -57,7 +57,7 @@ class UpConfig(BaseModel):
 def load_up_config(path: Path) -> UpConfig:
     """Read and check the file and each section; CommandError or ConfigError in one line."""
     if not path.exists():
-        raise CommandError(f"{path} does not exist; write one with a section per service, see examples/up.yaml")
+        raise CommandError(f"{path} does not exist; give it a section per service, as examples/own-model/up.yaml has")
     values = read_yaml(path)
     for key in values:
         if key not in UpConfig.model_fields:

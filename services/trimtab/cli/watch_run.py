@@ -7,7 +7,7 @@ from collections.abc import Callable
 from trimtab.cli.errors import CommandError
 from trimtab.cli.progress import RunProgress
 from trimtab.cli.stage_config import StageMessage
-from trimtab_client import RunStatus, StepMetrics, TrainerClient, Unavailable
+from trimtab_client import ChannelOptions, RunStatus, StepMetrics, TrainerClient, Unavailable
 
 LOSSES_WITHOUT_PROGRESS = 3
 
@@ -20,13 +20,20 @@ class RunWatcher:
     """
 
     def __init__(
-        self, address: str, stage: str, run_id: str, config: StageMessage, recover: Callable[[], None] | None
+        self,
+        address: str,
+        stage: str,
+        run_id: str,
+        config: StageMessage,
+        recover: Callable[[], None] | None,
+        options: ChannelOptions | None = None,
     ) -> None:
         self._address = address
         self._stage = stage
         self._run_id = run_id
         self._config = config
         self._recover = recover
+        self._options = options or ChannelOptions()
         self._step = 0
 
     def run(self) -> None:
@@ -35,7 +42,7 @@ class RunWatcher:
         ctrl-C asks the trainer to stop after the current step and is raised again once it has (the command then
         exits 130); a second one is raised at once.
         """
-        with RunProgress(self._stage) as progress, TrainerClient(self._address) as client:
+        with RunProgress(self._stage) as progress, TrainerClient(self._address, self._options) as client:
             try:
                 status = self._follow(client, progress)
             except KeyboardInterrupt:

@@ -49,7 +49,7 @@ def test_a_wrong_up_file_is_named_before_anything_starts(tmp_path: Path, text: s
 
 
 def test_an_absent_up_file_says_how_to_come_by_one(tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match="section per service"):
+    with pytest.raises(CommandError, match="section per service, as examples"):
         load_up_config(tmp_path / "up.yaml")
 
 

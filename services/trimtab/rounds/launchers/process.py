@@ -46,7 +46,8 @@ ENDED = frozenset({ProcessState.STOPPED, ProcessState.FAILED})
 class ProcessSpec:
     """A process to run and how to see that it serves.
 
-    `health_service` is the name asked of grpc.health.v1 at `address` ("host:port"). `env` is laid over
+    `health_service` is the name asked of grpc.health.v1, without TLS, at `health_address` (`address` if empty);
+    both are "host:port". `env` is laid over
     the environment of the supervisor. stdout and stderr are appended to `log_path`.
     """
 
@@ -56,6 +57,7 @@ class ProcessSpec:
     health_service: str
     log_path: Path
     env: Mapping[str, str] = field(default_factory=dict)
+    health_address: str = ""
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ class SupervisedProcess:
         self._set(ProcessState.STARTING, f"pid {self._popen.pid}")
 
     def _probe(self) -> None:
-        serving = is_serving(self.spec.address, self.spec.health_service)
+        serving = is_serving(self.spec.health_address or self.spec.address, self.spec.health_service)
         now = time.monotonic()
         if serving:
             self._has_served = True

@@ -81,19 +81,24 @@ def service_process(
 ) -> ProcessSpec:
     """Describe `trimtab serve KIND` with `settings` as its config file, written under `folder`.
 
-    `port` and `metrics_port` are chosen when `settings` has none. The log goes to `folder`/NAME.log.
+    `port` and `metrics_port` are chosen when `settings` has none, and with TLS a `health_port` for the supervisor. The
+    log goes to `folder`/NAME.log.
     """
     service, name = SERVICES[kind], name or kind
-    port, metrics_port = free_ports(2)
+    port, metrics_port, health_port = free_ports(3)
     defaults: dict[str, object] = {"host": LOOPBACK, "port": port, "metrics_port": metrics_port, "threads": threads}
+    if settings.get("tls_cert"):
+        defaults["health_port"] = health_port
     values = defaults | dict(settings)
+    host = {"0.0.0.0": LOOPBACK, "::": "[::1]", "[::]": "[::1]"}.get(str(values["host"]), values["host"])
     folder.mkdir(parents=True, exist_ok=True)
     config_path = folder / f"{name}.yaml"
     config_path.write_text(yaml.safe_dump(values, sort_keys=False))
     return ProcessSpec(
         name=name,
         command=(sys.executable, "-m", "trimtab", "serve", kind, "--config", str(config_path)),
-        address=f"{values['host']}:{values['port']}",
+        address=f"{host}:{values['port']}",
+        health_address=f"{host}:{values.get('health_port') or values['port']}",
         health_service=service.health_service,
         log_path=folder / f"{name}.log",
         env=thread_environment(threads) | {"PYTHONUNBUFFERED": "1"} | dict(env or {}),
