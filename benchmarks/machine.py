@@ -75,6 +75,12 @@ def wait_until_quiet(limit_cores: float, *, timeout_s: float, sample_s: float = 
             return cores
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a live process has used so far, all its threads."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(after_name[11]) + int(after_name[12])) / TICKS_PER_S
+
+
 def peak_rss_mb(pid: int) -> float:
     """Peak resident memory of a live process; shared libraries count in each process that maps them."""
     peak = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())

@@ -30,7 +30,7 @@ from benchmarks.models import Work, WorkFolder, write_work
 from benchmarks.peers.environment import ensure_environment
 from benchmarks.ppo_trimtab import run_trimtab
 from benchmarks.ppo_trl import REQUIREMENTS, run_trl
-from benchmarks.sides import PARTS_OF_EXPERIENCE, STAGES, Case, SideRun, medians
+from benchmarks.sides import COMPARED, PARTS_OF_EXPERIENCE, STAGES, Case, SideRun, medians
 
 TINY = Work(layers=2, prompts=8, minibatch_size=4, inner_epochs=2, response_tokens=16, shortest_response_tokens=3)
 Side = Callable[[WorkFolder, Case, int, Path], SideRun]
@@ -41,7 +41,7 @@ class Comparison:
     """Both sides of one case.
 
     Attributes:
-        ratio: the peer's seconds over ours, by stage; above 1 where we are faster.
+        ratio: the peer's seconds over ours, by stage that both have; above 1 where we are faster.
         training_tflop: useful matrix-multiplication work of an update's training, in 10^12 operations.
         gemm_share: of the machine's rate at these shapes and threads, reached in training, by side.
         others_busy_cores: what the quietness check saw before each run.
@@ -77,7 +77,7 @@ def compare(
     return Comparison(
         case=case,
         seconds=seconds,
-        ratio={stage: peer[stage] / ours[stage] for stage in ("update", *STAGES) if min(peer[stage], ours[stage]) > 0},
+        ratio={stage: peer[stage] / ours[stage] for stage in COMPARED},
         training_tflop=flops / 1e12,
         gemm=gemm,
         gemm_share={name: flops / seconds[name]["train"] / (gemm.training * 1e9) for name in names},
@@ -94,7 +94,7 @@ def show(console: Console, result: Comparison) -> None:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in ("update", *STAGES):
         label = f"  {stage}" if stage in PARTS_OF_EXPERIENCE else stage
-        ratio = f"{result.ratio[stage]:.2f}" if stage in result.ratio and stage != "other" else ""
+        ratio = f"{result.ratio[stage]:.2f}" if stage in result.ratio else ""
         table.add_row(label, *(f"{result.seconds[name][stage]:.2f}" for name in names), ratio)
     console.print(table)
     for name in names:
@@ -130,6 +130,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write_report(path: Path, work: Work, results: Sequence[Comparison]) -> None:
+    """Every figure so far, with the machine, the commit and the command."""
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.ppo_step", *sys.argv[1:]]),
+        "machine": asdict(describe_machine()),
+        "work": asdict(work),
+        "comparisons": [asdict(result) for result in results],
+    }
+    path.write_text(json.dumps(report, indent=1))
+
+
 @contextmanager
 def scratch_folder(kept: Path | None) -> Iterator[Path]:
     """A fresh folder below `kept` that stays, or a temporary one."""
@@ -163,14 +174,8 @@ def main() -> None:
                 scratch = root / f"{dtype}-{lengths}"
                 results.append(compare(folder, case, (peer, ours), options, scratch))
                 show(console, results[-1])
-    if options.out:
-        report = {
-            "command": shlex.join(["python", "-m", "benchmarks.ppo_step", *sys.argv[1:]]),
-            "machine": asdict(describe_machine()),
-            "work": asdict(folder.work),
-            "comparisons": [asdict(result) for result in results],
-        }
-        options.out.write_text(json.dumps(report, indent=1))
+                if options.out:
+                    write_report(options.out, folder.work, results)
 
 
 if __name__ == "__main__":

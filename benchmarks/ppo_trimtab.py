@@ -7,6 +7,8 @@ The update's own length is the time between two reports, so that nothing between
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from statistics import mean
 import numpy as np
 
 from benchmarks.lengths_proxy import LengthsProxy
-from benchmarks.machine import BusyMeter, peak_rss_mb
+from benchmarks.machine import cpu_seconds, peak_rss_mb
 from benchmarks.models import WorkFolder
 from benchmarks.sides import Case, SideRun
 from trimtab.rounds.launchers.local import Supervisor
@@ -58,16 +60,15 @@ def run_trimtab(
         client = stack.enter_context(TrainerClient(addresses["trainer"]))
         client.start(RUN_ID, ppo_config(folder, case, updates, addresses))
         steps: list[StepMetrics] = []
-        meter = BusyMeter()
+        pids = [os.getpid(), *(status.pid for status in supervisor.statuses() if status.pid is not None)]
+        started_s, started_cpu_s = time.perf_counter(), sum(map(cpu_seconds, pids))
         for event in client.watch(RUN_ID):
             if isinstance(event, StepMetrics):
                 steps.append(event)
-                if len(steps) == 1:
-                    meter = BusyMeter()
             elif event.finished and event.state != "succeeded":
                 raise RuntimeError(f"our run {event.state} at step {event.step}: {event.error} (logs in {scratch})")
-        cores_used = meter.cores()
-        resident_mb = sum(peak_rss_mb(status.pid) for status in supervisor.statuses() if status.pid is not None)
+        cores_used = (sum(map(cpu_seconds, pids)) - started_cpu_s) / (time.perf_counter() - started_s)
+        resident_mb = sum(map(peak_rss_mb, pids[1:]))
     check_lengths(folder, case, steps)
     measured = tuple(stages(step, before) for before, step in zip([None, *steps], steps, strict=False))
     return SideRun(

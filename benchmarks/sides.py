@@ -19,6 +19,7 @@ from statistics import median
 
 STAGES = ("experience", "rollout", "reference", "reward", "values", "train", "publish", "other")
 PARTS_OF_EXPERIENCE = ("rollout", "reference", "reward")
+COMPARED = ("update", "experience", "rollout", "values", "train")  # the others mean different things on the two sides
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class SideRun:
     Attributes:
         updates: seconds by stage of each measured update (the first is left out), with the whole under "update".
         optimizer_steps: of one update.
-        cores_used: mean cores kept busy by the whole machine while the side ran its updates.
+        cores_used: mean cores that all its processes together kept busy during its updates.
         peak_rss_mb: of all its processes together.
     """
 
