@@ -111,7 +111,7 @@ def running_services(
 def ppo_config(folder: WorkFolder, case: Case, updates: int, addresses: Mapping[str, str]) -> trainer_pb2.PpoConfig:
     """The same work as the peer's: 64 responses, 4 epochs of 4 minibatches, a separate value model."""
     work = folder.work
-    rate = trainer_pb2.OptimizerConfig(learning_rate=1e-5, schedule="constant")
+    rate = trainer_pb2.OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup_steps=0)
     return trainer_pb2.PpoConfig(
         stage=trainer_pb2.StageConfig(model=str(folder.policy), compute_dtype=case.dtype, optimizer=rate),
         prompts=str(folder.prompts),
