@@ -55,18 +55,25 @@ class Room(
         self.deadlines_s: list[float | None] = []
         self.failures: dict[str, deque[ServiceError]] = defaultdict(deque)
         self.delay_s = 0.0
+        self.pause_between_s = 0.0
+        self.score_delay_s = 0.0
         self.break_after: int | None = None
         self.lose = 0
+        self.entered = asyncio.Event()
         self.cancelled = asyncio.Event()
 
     async def enter(self, method: str, request: Any, context: grpc.aio.ServicerContext) -> None:
         self.calls[method].append(request)
+        self.entered.set()
         self.metadata.append(dict(context.invocation_metadata() or ()))
         self.deadlines_s.append(context.time_remaining())
         if self.failures[method]:
             await abort(context, self.failures[method].popleft())
+        await self.pause(self.delay_s)
+
+    async def pause(self, seconds: float) -> None:
         try:
-            await asyncio.sleep(self.delay_s)
+            await asyncio.sleep(seconds)
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
@@ -87,6 +94,7 @@ class Room(
 
     async def Score(self, request: Any, context: Any) -> reward_pb2.ScoreResponse:
         await self.enter("Score", request, context)
+        await self.pause(self.score_delay_s)
         if request.version.HasField("exact"):
             self.version = ModelVersion.from_proto(request.version.exact)
         scores = [float(value) for value in self.sums(request)][self.lose :]
@@ -127,11 +135,9 @@ class Room(
         await self.enter("Generate", request, context)
         samples = max(1, request.sampling.n)
         asked = [(p, s) for p in range(len(request.prompts)) for s in range(samples)]
-        sent = 0
-        for p, s in reversed(asked[self.lose :]):
-            if self.break_after == sent:
-                self.break_after = None
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
+        for sent, (p, s) in enumerate(reversed(asked[self.lose :])):
+            await self.pause(self.pause_between_s if sent else 0.0)
+            await self.maybe_break(sent, context)
             prompt = request.prompts[p]
             ids = [prompt.seeds[s] % 2**31]
             completion = generator_pb2.Completion(
@@ -146,7 +152,12 @@ class Room(
                 seed=prompt.seeds[s],
             )
             yield generator_pb2.GenerateResponse(completion=completion)
-            sent += 1
+        await self.maybe_break(len(asked), context)
+
+    async def maybe_break(self, sent: int, context: grpc.aio.ServicerContext) -> None:
+        if self.break_after == sent:
+            self.break_after = None
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
 
     def status(self, state: str = "RUNNING", run_id: str = "r") -> trainer_pb2.RunStatus:
         state_value = trainer_pb2.RunState.Value(f"RUN_STATE_{state}")

@@ -150,9 +150,9 @@ async def test_a_cancelled_task_cancels_its_call(rooms, ragged):
     async with AsyncRewardClient(room.address) as client:
         await client.get_model()
         room.delay_s = 30.0
+        room.entered.clear()
         task = asyncio.create_task(client.score_tokens(ragged(2), DIGEST))
-        while not room.calls["Score"]:
-            await asyncio.sleep(0.01)
+        await asyncio.wait_for(room.entered.wait(), 5)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
