@@ -84,7 +84,8 @@ class SelectedLogprobsFunction(torch.autograd.Function):
             if dbias_V is not None:
                 dbias_V += dz_CV.sum(0)
         dweight = None if dweight_VD is None else dweight_VD.to(weight_VD.dtype)
-        return dhidden_ND, dweight, None if dbias_V is None else dbias_V.to(bias_V.dtype), None, None, None
+        dbias = None if dbias_V is None or bias_V is None else dbias_V.to(bias_V.dtype)
+        return dhidden_ND, dweight, dbias, None, None, None
 
 
 def _compute_dtype(hidden_ND: torch.Tensor) -> torch.dtype:

@@ -72,13 +72,14 @@ def _causal(
     softcap: float | None,
 ) -> torch.Tensor:
     length = q.shape[2]
-    windowed = sliding_window is not None and length > sliding_window
+    window = length if sliding_window is None else sliding_window
+    windowed = length > window
     if softcap is None and not windowed:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
     distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None, :]
     visible = distance >= 0
     if windowed:
-        visible &= distance < sliding_window
+        visible &= distance < window
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=scaling)
     scores = (q @ k.transpose(2, 3)).float() * (scaling if scaling is not None else q.shape[-1] ** -0.5)

@@ -51,7 +51,8 @@ class Policy:
     def load(cls, source: str, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Policy:
         """Load a folder or hub id; ModelLoadError names what is wrong with it."""
         model = load_pretrained(AutoModelForCausalLM, source, dtype=dtype, attention=attention.NAME)
-        return cls(model.to(device), load_tokenizer(source), source)
+        torch.nn.Module.to(model, device)
+        return cls(model, load_tokenizer(source), source)
 
     def hidden(self, packed: PackedBatch) -> torch.Tensor:
         """Last hidden states [N, D] of a packed row."""

@@ -54,7 +54,8 @@ class ScalarModel:
             raise ModelLoadError(
                 "config", f"{source}: {type(model).__name__} has no causal body with a linear `score` head"
             )
-        return cls(model.to(device), load_tokenizer(source), source)
+        torch.nn.Module.to(model, device)
+        return cls(model, load_tokenizer(source), source)
 
     @classmethod
     def from_policy(cls, policy: Policy, *, seed: int) -> ScalarModel:

@@ -43,13 +43,16 @@ def eos_token_ids(config: Any, generation_config: Any, tokenizer: PreTrainedToke
         tokenizer.eos_token_id,
     ):
         if value is not None:
-            return tuple(value) if isinstance(value, list | tuple) else (int(value),)
+            return tuple(int(token) for token in (value if isinstance(value, list | tuple) else (value,)))
     return ()
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    """Ids (int32) of a prompt, with the special tokens the tokenizer puts in front."""
-    return np.asarray(tokenizer.encode(text), dtype=np.int32)
+    """Ids (int32) of a prompt, with the special tokens the tokenizer puts in front (but no end token behind)."""
+    ids = np.asarray(tokenizer.encode(text), dtype=np.int32)
+    bare = tokenizer.encode(text, add_special_tokens=False)
+    ended = len(ids) > 0 and ids[-1] == tokenizer.eos_token_id and bare[-1:] != [tokenizer.eos_token_id]
+    return ids[:-1] if ended and len(ids) > 1 else ids
 
 
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[np.ndarray, int]:
@@ -59,7 +62,7 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, respons
     the joint text splits there; where a token would straddle the border the response is encoded alone.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
-    joint = np.asarray(tokenizer.encode(prompt + response), dtype=np.int32)
+    joint = encode_prompt(tokenizer, prompt + response)
     if joint.size >= prompt_ids.size and np.array_equal(joint[: prompt_ids.size], prompt_ids):
         return joint, int(prompt_ids.size)
     tail = np.asarray(tokenizer.encode(response, add_special_tokens=False), dtype=np.int32)

@@ -9,12 +9,18 @@ from pydantic import Field
 
 from trimtab.runtime.config import ServiceConfig
 
+DEFAULT_STORE = "runs/store"
+
+DEFAULT_STORE = "runs/store"
+
 
 class TrainerConfig(ServiceConfig):
     """One trainer process."""
 
     port: int = Field(default=7104, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
-    store: str = Field(default="runs/store", description="Where versions are published: a folder or fsspec URL.")
+    store: str | None = Field(
+        default=DEFAULT_STORE, description="Where versions are published: a folder or fsspec URL."
+    )
     folder: Path = Field(default=Path("runs"), description="Metrics and reports of each run go to FOLDER/RUN_ID.")
 
     @property

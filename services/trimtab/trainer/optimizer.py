@@ -14,6 +14,15 @@ import torch
 from trimtab.trainer.stages import OptimizerConfig
 
 
+def masters_of(model: torch.nn.Module, compute_dtype: str) -> dict[str, torch.Tensor] | None:
+    """Move a float32 model to its compute dtype; returns the float32 weights it was rounded from, None for float32."""
+    if compute_dtype == "float32":
+        return None
+    masters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    torch.nn.Module.to(model, torch.bfloat16)
+    return masters
+
+
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Rate of optimizer step `step` (0-based): warm-up from 1/10, then constant, cosine to 10 % or linear to 0."""
     if step < config.warmup_steps:

@@ -26,7 +26,7 @@ from trimtab.trainer.data import (
 )
 from trimtab.trainer.forward import negative_log_sigmoid, prepare_for_training
 from trimtab.trainer.metrics import MetricWriter
-from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate
+from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
 from trimtab.trainer.rankings import plan_ranking_batches, score_rankings, untied_pairs
 from trimtab.trainer.reward_report import evaluate_rankings, write_report
 from trimtab.trainer.run import RunFailedError
@@ -39,12 +39,8 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
     """Run the stage to its end; raises what stops it."""
     stage = config.stage
     context.run.doing("loading the model and the rankings")
-    policy, _ = load_policy(stage.model, "float32", context)
-    model = ScalarModel.from_policy(policy, seed=stage.seed)
-    masters = None
-    if stage.compute_dtype == "bfloat16":
-        masters = {name: parameter.detach().clone() for name, parameter in model.model.named_parameters()}
-        model.model.to(torch.bfloat16)
+    model = ScalarModel.from_policy(load_policy(stage.model, context), seed=stage.seed)
+    masters = masters_of(model.model, stage.compute_dtype)
     limit = min(stage.max_length, model.max_length)
     train = read_rankings(config.data, model, limit)
     validation = read_rankings(config.validation_data, model, limit) if config.validation_data else None
@@ -62,7 +58,7 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
         return context.publish(model, "reward", step, lineage=lineage, metrics=metrics)
 
     with MetricWriter(context.run, context.folder) as writer:
-        step = 0
+        step, loss = 0, float("nan")
         for _ in range(config.epochs):
             permutation = order.permutation(len(train))
             for start in range(0, len(train), config.batch_prompts):

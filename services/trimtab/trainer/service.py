@@ -16,7 +16,7 @@ from trimtab.kernels.selfcheck import check_selected_logprobs
 from trimtab.runtime.errors import ServiceError, invalid, not_found, precondition
 from trimtab.runtime.logs import get_logger
 from trimtab.runtime.server import ServerContext, Service, serve
-from trimtab.trainer.config import TrainerConfig
+from trimtab.trainer.config import DEFAULT_STORE, TrainerConfig
 from trimtab.trainer.context import StageContext
 from trimtab.trainer.ppo.loop import run_ppo
 from trimtab.trainer.reward_model import run_reward_model
@@ -50,7 +50,7 @@ async def load(context: ServerContext) -> Sequence[Service]:
     config = context.config
     assert isinstance(config, TrainerConfig)
     await asyncio.to_thread(check_selected_logprobs, config.device)
-    servicer = TrainerServicer(config, open_store(config.store), context.draining)
+    servicer = TrainerServicer(config, open_store(config.store or DEFAULT_STORE), context.draining)
     context.on_close(servicer.close)
     return [Service(SERVICE_NAME, trainer_pb2_grpc.add_TrainerServiceServicer_to_server, servicer)]
 
@@ -103,7 +103,11 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         run = self._find(request.run_id)
         changed = asyncio.Event()
         loop = asyncio.get_running_loop()
-        forget = run.listen(lambda: loop.call_soon_threadsafe(changed.set))
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(changed.set)
+
+        forget = run.listen(tell)
         position, told = 0, None
         try:
             while not self._draining.is_set():

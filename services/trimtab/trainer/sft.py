@@ -18,7 +18,7 @@ from trimtab.trainer.context import StageContext
 from trimtab.trainer.data import load_demonstrations, tokenize_demonstrations
 from trimtab.trainer.forward import TokenBatch, prepare_for_training, residual_dropout, response_logprobs, slice_batch
 from trimtab.trainer.metrics import MetricWriter
-from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate
+from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
 from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.stages import SftConfig
 from trimtab_client import ModelVersion
@@ -28,7 +28,8 @@ def run_sft(config: SftConfig, context: StageContext) -> None:
     """Run the stage to its end; raises what stops it."""
     stage = config.stage
     context.run.doing("loading the model and the demonstrations")
-    policy, masters = load_policy(stage.model, stage.compute_dtype, context)
+    policy = load_policy(stage.model, context)
+    masters = masters_of(policy.model, stage.compute_dtype)
     train = read_demonstrations(config.data, policy, stage.max_length)
     validation = (
         read_demonstrations(config.validation_data, policy, stage.max_length) if config.validation_data else None
@@ -49,7 +50,7 @@ def run_sft(config: SftConfig, context: StageContext) -> None:
         return context.publish(policy, "policy", step, lineage=lineage, metrics=metrics)
 
     with MetricWriter(context.run, context.folder) as writer:
-        step = 0
+        step, loss = 0, float("nan")
         for _ in range(config.epochs):
             permutation = order.permutation(len(train))
             for start in range(0, len(train), config.batch_size):
@@ -87,17 +88,9 @@ def run_sft(config: SftConfig, context: StageContext) -> None:
         publish(total_steps, final)
 
 
-def load_policy(
-    source: str, compute_dtype: str, context: StageContext
-) -> tuple[Policy, dict[str, torch.Tensor] | None]:
-    """Load a policy to train; with bfloat16 compute also its float32 weights, which the masters start from."""
-    resolved = context.resolve(source)
-    policy = Policy.load(resolved.path_or_id, dtype="float32", device=context.device)
-    masters = None
-    if compute_dtype == "bfloat16":
-        masters = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
-        policy.model.to(torch.bfloat16)
-    return policy, masters
+def load_policy(source: str, context: StageContext) -> Policy:
+    """Load a policy to train, in float32."""
+    return Policy.load(context.resolve(source).path_or_id, dtype="float32", device=context.device)
 
 
 def read_demonstrations(source: str, policy: Policy, max_length: int) -> TokenBatch:

@@ -20,7 +20,7 @@ from trimtab.trainer.context import StageContext
 from trimtab.trainer.data import load_prompts, tokenize_prompts
 from trimtab.trainer.forward import prepare_for_training
 from trimtab.trainer.metrics import MetricWriter
-from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate
+from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
 from trimtab.trainer.ppo.experience import Episode, gather_experience
 from trimtab.trainer.ppo.kl_controller import KLController
 from trimtab.trainer.ppo.prompts import PromptSampler
@@ -28,7 +28,7 @@ from trimtab.trainer.ppo.rollouts import RolloutClients, RolloutClocks
 from trimtab.trainer.ppo.update import PpoUpdate, rollout_metrics
 from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.sft import load_policy
-from trimtab.trainer.stages import PpoConfig
+from trimtab.trainer.stages import OptimizerConfig, PpoConfig, StageConfig
 from trimtab_client import ModelVersion
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -59,22 +59,20 @@ class PpoState:
         stage = config.stage
         self.step = 0
         self.skipped_in_a_row = 0
-        self.policy, masters = load_policy(stage.model, stage.compute_dtype, context)
-        prepare_for_training(self.policy.model, activation_checkpointing=stage.activation_checkpointing)
-        policy_optimizer = MasterWeightOptimizer(self.policy.model, stage.optimizer, masters)
+        self.policy = load_policy(stage.model, context)
         self.value_model = load_value_model(config, self.policy, context) if config.advantage == "gae" else None
-        value_optimizer = None
-        if self.value_model is not None:
-            value_masters = dict(self.value_model.model.named_parameters())
-            if stage.compute_dtype == "bfloat16":
-                value_masters = {name: p.detach().clone() for name, p in value_masters.items()}
-                self.value_model.model.to(torch.bfloat16)
-            prepare_for_training(self.value_model.model, activation_checkpointing=stage.activation_checkpointing)
-            value_optimizer = MasterWeightOptimizer(self.value_model.model, config.value_optimizer, dict(value_masters))
+        policy_optimizer = _optimizer(self.policy, stage, stage.optimizer)
+        value_optimizer = self.value_model and _optimizer(self.value_model, stage, config.value_optimizer)
         self.kl = KLController(config.kl_coefficient, config.adaptive_kl_target, config.adaptive_kl_horizon)
         self.prompts = PromptSampler(read_prompts(config, self.policy), config.stage.seed)
         permutations = np.random.default_rng([config.stage.seed, 1])
         self.update = PpoUpdate(config, self.policy, policy_optimizer, self.value_model, value_optimizer, permutations)
+
+
+def _optimizer(model: Policy | ScalarModel, stage: StageConfig, config: OptimizerConfig) -> MasterWeightOptimizer:
+    masters = masters_of(model.model, stage.compute_dtype)
+    prepare_for_training(model.model, activation_checkpointing=stage.activation_checkpointing)
+    return MasterWeightOptimizer(model.model, config, masters)
 
 
 def load_value_model(config: PpoConfig, policy: Policy, context: StageContext) -> ScalarModel:

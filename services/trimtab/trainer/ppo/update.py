@@ -166,7 +166,7 @@ class PpoUpdate:
         """Gradients of the minibatch's mean loss over its response tokens; returns the sums of its terms."""
         config, device = self.config, self.policy.device
         tokens = sum(len(part.targets_R) for part in minibatch)
-        sums = dict.fromkeys(
+        sums: dict[str, float] = dict.fromkeys(
             ("loss_policy", "loss_value", "ratio", "approx_kl", "clipped_policy", "clipped_value"), 0.0
         )
         ratio_max = 0.0
