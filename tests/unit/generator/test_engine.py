@@ -171,12 +171,14 @@ def test_numbers_that_are_not_finite_fail_their_sequence_and_spoil_no_other(lab:
     model.model.embed_tokens.weight.data[258] = torch.nan
     engine = lab.engine_of(model, max_slots=2)
     # A longer mate keeps the broken row's columns in the window when the next sequence takes the row.
-    mate, broken = lab.request(0, range(40), max_tokens=40), lab.request(1, [1, 2, 258, *range(20)])
+    never_258 = {"stop_token_ids": (258,), "min_tokens": 40}
+    mate = lab.request(0, range(40), max_tokens=40, **never_258)
+    broken = lab.request(1, [1, 2, 258, *range(20)])
     engine.submit([mate, broken])
     (failed,) = engine.step()
     assert (failed.sequence_id, failed.reason, engine.live) == (1, "broken", 1)
     assert "not finite" in failed.message
-    following = lab.request(2, range(3), max_tokens=30)
+    following = lab.request(2, range(3), max_tokens=40, **never_258)
     finished = lab.run(engine, [following])
     for asked in (mate, following):
         got = finished[asked.sequence_id]
