@@ -50,8 +50,8 @@ def sentence(random: np.random.Generator, count: int) -> str:
 
 
 @asynccontextmanager
-async def serving_trainer(tmp_path: Path) -> AsyncIterator[AsyncTrainerClient]:
-    config = TrainerConfig(**COMMON, store=str(tmp_path / "store"), folder=tmp_path / "runs")
+async def serving_trainer(tmp_path: Path, **settings: int) -> AsyncIterator[AsyncTrainerClient]:
+    config = TrainerConfig(**COMMON, store=str(tmp_path / "store"), folder=tmp_path / "runs", **settings)
     server = RunningServer(trainer_service.LABEL, config, services=trainer_service.SERVICES, load=trainer_service.load)
     async with server, AsyncTrainerClient(server.address) as client:
         yield client
@@ -105,6 +105,17 @@ async def test_sft_lowers_the_loss_and_publishes_a_plain_folder(make_tiny, tmp_p
     AutoModelForCausalLM.from_pretrained(folder)
     lines = (tmp_path / "runs" / "sft-run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["validation_loss"] > 0
+
+
+async def test_only_the_newest_versions_are_kept(make_tiny, tmp_path):
+    async with serving_trainer(tmp_path, keep_versions=2) as client:
+        await client.start("run", sft_config(make_tiny("policy"), tmp_path, epochs=400))
+        for _ in range(4):
+            await client.checkpoint("run")
+        await client.stop("run")
+        status, _ = await finished(client, "run")
+    kept = [manifest.version.step for manifest in open_store(str(tmp_path / "store")).versions("run", "policy")]
+    assert len(status.published) == 4 and kept == [version.step for version in status.published[-2:]]
 
 
 async def test_a_start_is_idempotent_and_one_run_goes_at_a_time(make_tiny, tmp_path):

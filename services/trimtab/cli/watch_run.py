@@ -84,6 +84,6 @@ class RunWatcher:
         raise Unavailable("UNAVAILABLE", f"the stream of run {self._run_id} ended before the run did")
 
     def _report(self, status: RunStatus, progress: RunProgress) -> None:
-        for version in status.published:
-            progress.say(f"published {version}")
+        if status.published:
+            progress.say(f"published {len(status.published)} version(s), the newest {status.published[-1]}")
         progress.say(f"run {self._run_id} {status.state} at step {status.step}")

@@ -198,7 +198,10 @@ class Demo:
         rows = (data / "evaluation" / "openings.jsonl").read_text().splitlines()
         openings = [json.loads(row)["prompt"] for row in rows]
         self._say(f"comparing {policy} with {sft} on {len(openings)} held-out openings")
-        sampling = Sampling(n=EVALUATION_SAMPLES, max_tokens=self._recipes.ppo.max_new_tokens, seed=self._seed)
+        ppo = self._recipes.ppo
+        sampling = Sampling(
+            n=EVALUATION_SAMPLES, max_tokens=ppo.max_new_tokens, min_tokens=ppo.min_new_tokens, seed=self._seed
+        )
         generator, reward, reference = addresses
         with GeneratorClient(generator) as g, RewardClient(reward) as r, ReferenceClient(reference) as f:
             comparison = compare(Services(g, r, f), sft, policy, openings, judge.log_odds, sampling)

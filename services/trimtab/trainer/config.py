@@ -23,6 +23,10 @@ class TrainerConfig(ServiceConfig):
     )
     folder: Path = Field(default=Path("runs"), description="Metrics and reports of each run go to FOLDER/RUN_ID.")
 
+    keep_versions: int = Field(
+        default=5, ge=1, description="Newest versions of a run that are kept, beside the current and pinned ones."
+    )
+
     @property
     def compute_threads(self) -> int:
         """Threads while the trainer alone works: `threads`, else every core this process may use."""

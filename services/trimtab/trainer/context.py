@@ -24,6 +24,7 @@ class StageContext:
     Attributes:
         folder: where the run's metrics and reports go.
         threads: compute threads while the trainer alone works.
+        keep_versions: newest versions of a run that stay in the store.
     """
 
     run: Run
@@ -31,6 +32,7 @@ class StageContext:
     folder: Path
     device: str
     threads: int
+    keep_versions: int
 
     def resolve(self, source: str) -> ResolvedSource:
         """A folder, hub id or "version:RUN/NAME[@STEP]" as a folder or id to load."""
@@ -54,6 +56,7 @@ class StageContext:
                 Path(folder), run_id=run_id, name=name, step=step, lineage=dict(lineage), metrics=finite
             )
         self.run.published(manifest.version)
+        self.store.prune(run_id, name, keep_last=self.keep_versions)
         return manifest.version
 
     def use_threads(self) -> None:

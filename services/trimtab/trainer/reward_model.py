@@ -30,7 +30,7 @@ from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, mast
 from trimtab.trainer.rankings import plan_ranking_batches, score_rankings, untied_pairs
 from trimtab.trainer.reward_report import evaluate_rankings, write_report
 from trimtab.trainer.run import RunFailedError
-from trimtab.trainer.sft import load_policy
+from trimtab.trainer.sft import load_policy, tell_what_was_cut
 from trimtab.trainer.stages import RewardModelConfig
 from trimtab_client import GeneratorClient, ModelVersion, Sampling
 
@@ -100,6 +100,7 @@ def read_rankings(source: str, model: ScalarModel, max_length: int) -> list[Toke
     """Rankings as token sequences that end with the model's end token; those with no untied pair are left out."""
     eos = model.eos_token_ids[0] if model.eos_token_ids else None
     rows = tokenize_rankings(load_rankings(source), model.tokenizer, max_length, eos_token_id=eos)
+    tell_what_was_cut(source, rows, max_length)
     kept = [row for row in rows if len(np.unique(row.ranks_K)) > 1]
     if not kept:
         raise RunFailedError(f"{source}: no ranking with an untied pair fits into {max_length} tokens")

@@ -189,6 +189,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             folder=self._config.folder / run_id,
             device=self._config.device,
             threads=self._config.compute_threads,
+            keep_versions=self._config.keep_versions,
         )
         log.info("run started", run_id=run_id, stage=kind)
         try:

@@ -8,20 +8,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from trimtab.models.packing import plan_batches
 from trimtab.models.policy import Policy
+from trimtab.runtime.logs import get_logger
 from trimtab.trainer.context import StageContext
-from trimtab.trainer.data import load_demonstrations, tokenize_demonstrations
+from trimtab.trainer.data import Tokenized, load_demonstrations, tokenize_demonstrations
 from trimtab.trainer.forward import TokenBatch, prepare_for_training, residual_dropout, response_logprobs, slice_batch
 from trimtab.trainer.metrics import MetricWriter
 from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
 from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.stages import SftConfig
 from trimtab_client import ModelVersion
+
+log = get_logger(__name__)
 
 
 def run_sft(config: SftConfig, context: StageContext) -> None:
@@ -98,10 +102,17 @@ def read_demonstrations(source: str, policy: Policy, max_length: int) -> TokenBa
     eos = policy.eos_token_ids[0] if policy.eos_token_ids else None
     limit = min(max_length, policy.max_length)
     rows = tokenize_demonstrations(load_demonstrations(source), policy.tokenizer, limit, eos_token_id=eos)
+    tell_what_was_cut(source, rows, limit)
     kept = [(row.token_ids_T, max(1, row.prompt_length)) for row in rows if len(row.token_ids_T) >= 2]
     if not kept:
         raise RunFailedError(f"{source}: no demonstration fits into {limit} tokens")
     return TokenBatch(tuple(ids for ids, _ in kept), tuple(prompt for _, prompt in kept))
+
+
+def tell_what_was_cut(source: str, rows: Tokenized[Any], limit: int) -> None:
+    """Log how many rows did not fit whole; nothing is cut in silence."""
+    if rows.truncated_count or rows.dropped_count:
+        log.warning("rows too long", source=source, limit=limit, cut=rows.truncated_count, dropped=rows.dropped_count)
 
 
 def accumulate_nll(

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from trimtab_client import Completion, ModelVersion, VersionRun
 
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
@@ -16,6 +15,7 @@ from trimtab.trainer.ppo.loss import importance_weights, policy_terms, value_ter
 from trimtab.trainer.ppo.prompts import PromptSampler, completion_seed
 from trimtab.trainer.ppo.update import PpoUpdate, rollout_metrics
 from trimtab.trainer.stages import OptimizerConfig, PpoConfig, parse_stage
+from trimtab_client import Completion, ModelVersion, VersionRun
 
 VERSION = ModelVersion("r", "policy", 0, "blake3:0")
 

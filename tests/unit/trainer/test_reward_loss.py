@@ -103,7 +103,7 @@ def test_report_counts_accuracy_over_untied_pairs(tiny_folder):
         scores = [s.tolist() for s in score_rankings(model, made)]
     right = total = 0
     for s, ranking in zip(scores, made, strict=True):
-        for w, l in zip(*untied_pairs(ranking.ranks_K), strict=True):
-            right, total = right + (s[w] > s[l]), total + 1
+        for winner, loser in zip(*untied_pairs(ranking.ranks_K), strict=True):
+            right, total = right + (s[winner] > s[loser]), total + 1
     assert report.pairs == total and report.accuracy == pytest.approx(right / total)
     assert report.accuracy_low <= report.accuracy <= report.accuracy_high

@@ -27,7 +27,7 @@ from trimtab.trainer.ppo.prompts import PromptSampler
 from trimtab.trainer.ppo.rollouts import RolloutClients, RolloutClocks
 from trimtab.trainer.ppo.update import PpoUpdate, rollout_metrics
 from trimtab.trainer.run import RunFailedError
-from trimtab.trainer.sft import load_policy
+from trimtab.trainer.sft import load_policy, tell_what_was_cut
 from trimtab.trainer.stages import OptimizerConfig, PpoConfig, StageConfig
 from trimtab_client import ModelVersion
 
@@ -99,6 +99,7 @@ def read_prompts(config: PpoConfig, policy: Policy) -> Sequence[np.ndarray]:
     if limit < 1:
         raise RunFailedError(f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in {limit} tokens")
     prompts = tokenize_prompts(load_prompts(config.prompts), policy.tokenizer, limit)
+    tell_what_was_cut(config.prompts, prompts, limit)
     if not len(prompts):
         raise RunFailedError(f"{config.prompts}: no prompt fits into {limit} tokens")
     return list(prompts)
