@@ -88,5 +88,3 @@ def test_adaptive_beta_follows_the_hand_computed_sequence():
     fixed = KLController(0.2, None, 10_000)
     fixed.update(100.0, 500)
     assert fixed.coefficient == 0.2
-
-
