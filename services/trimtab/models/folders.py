@@ -52,23 +52,10 @@ def load_pretrained(
     return model
 
 
-def save_pretrained(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
-) -> None:
-    """Write model and tokenizer; `dtype` casts the weights on the way out."""
+def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model (in its own dtype) and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = None
-    if dtype is not None and dtype != model.dtype:
-        state = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in model.state_dict().items()
-        }
-    own = model.config.dtype
-    model.config.dtype = dtype or model.dtype
-    try:
-        model.save_pretrained(folder, state_dict=state)
-    finally:
-        model.config.dtype = own
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -71,9 +71,9 @@ class Policy:
             scale=float(scale),
         )
 
-    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder (safetensors, config, generation config, tokenizer)."""
-        save_pretrained(self.model, self.tokenizer, folder, dtype)
+        save_pretrained(self.model, self.tokenizer, folder)
 
     @property
     def device(self) -> torch.device:

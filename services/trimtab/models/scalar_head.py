@@ -110,9 +110,9 @@ class ScalarModel:
                 head.bias.div_(self.std)
         self.set_normalization(self.mean / self.std, 1.0)
 
-    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder."""
-        save_pretrained(self.model, self.tokenizer, folder, dtype)
+        save_pretrained(self.model, self.tokenizer, folder)
 
     @property
     def device(self) -> torch.device:
