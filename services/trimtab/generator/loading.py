@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM
-from trimtab_client.versions import ModelVersion
 
 from trimtab.generator.config import GeneratorConfig
 from trimtab.generator.engine import StagedWeights
@@ -25,6 +24,7 @@ from trimtab.weights import errors as store_errors
 from trimtab.weights.sources import resolve_source
 from trimtab.weights.store import Store
 from trimtab_client.v1 import model_pb2
+from trimtab_client.versions import ModelVersion
 
 T = TypeVar("T")
 

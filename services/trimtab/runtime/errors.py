@@ -10,6 +10,7 @@ import grpc.aio
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
+
 from trimtab_client.ragged import RaggedError
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"

@@ -69,14 +69,12 @@ class Room(
         self.deadlines_s.append(context.time_remaining())
         if self.failures[method]:
             await abort(context, self.failures[method].popleft())
-        await self.pause(self.delay_s)
+        context.add_done_callback(self.ended)
+        await asyncio.sleep(self.delay_s)
 
-    async def pause(self, seconds: float) -> None:
-        try:
-            await asyncio.sleep(seconds)
-        except asyncio.CancelledError:
+    def ended(self, context: grpc.aio.ServicerContext) -> None:
+        if context.cancelled():
             self.cancelled.set()
-            raise
 
     def info(self) -> model_pb2.ModelInfo:
         return model_pb2.ModelInfo(
@@ -94,7 +92,7 @@ class Room(
 
     async def Score(self, request: Any, context: Any) -> reward_pb2.ScoreResponse:
         await self.enter("Score", request, context)
-        await self.pause(self.score_delay_s)
+        await asyncio.sleep(self.score_delay_s)
         if request.version.HasField("exact"):
             self.version = ModelVersion.from_proto(request.version.exact)
         scores = [float(value) for value in self.sums(request)][self.lose :]
@@ -136,7 +134,7 @@ class Room(
         samples = max(1, request.sampling.n)
         asked = [(p, s) for p in range(len(request.prompts)) for s in range(samples)]
         for sent, (p, s) in enumerate(reversed(asked[self.lose :])):
-            await self.pause(self.pause_between_s if sent else 0.0)
+            await asyncio.sleep(self.pause_between_s if sent else 0.0)
             await self.maybe_break(sent, context)
             prompt = request.prompts[p]
             ids = [prompt.seeds[s] % 2**31]

@@ -149,11 +149,10 @@ async def test_completions_come_as_they_finish_and_leaving_early_ends_the_call(r
     slow = opened[-1]
     slow.pause_between_s = 30.0
     async with AsyncGeneratorClient([room.address for room in opened]) as client:
-        started = time.monotonic()
         stream = client.generate(["a", "b", "c", "d"])
-        await anext(stream)
+        for _ in range(2 * addresses - 1):
+            await asyncio.wait_for(anext(stream), 5)
         await stream.aclose()
-        assert time.monotonic() - started < 5
         await asyncio.wait_for(slow.cancelled.wait(), 5)
 
 
@@ -166,8 +165,9 @@ async def test_leaving_a_blocking_stream_early_ends_the_call(rooms, addresses):
     def leave_early() -> None:
         with GeneratorClient([room.address for room in opened]) as client:
             stream = client.generate(["a", "b", "c", "d"])
-            next(stream)
+            for _ in range(2 * addresses - 1):
+                next(stream)
             stream.close()
 
-    await asyncio.wait_for(asyncio.to_thread(leave_early), 5)
+    await asyncio.wait_for(asyncio.to_thread(leave_early), 10)
     await asyncio.wait_for(slow.cancelled.wait(), 5)
