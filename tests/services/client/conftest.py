@@ -69,12 +69,14 @@ class Room(
         self.deadlines_s.append(context.time_remaining())
         if self.failures[method]:
             await abort(context, self.failures[method].popleft())
-        context.add_done_callback(self.ended)
-        await asyncio.sleep(self.delay_s)
+        await self.pause(self.delay_s)
 
-    def ended(self, context: grpc.aio.ServicerContext) -> None:
-        if context.cancelled():
+    async def pause(self, seconds: float) -> None:
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
             self.cancelled.set()
+            raise
 
     def info(self) -> model_pb2.ModelInfo:
         return model_pb2.ModelInfo(
@@ -92,7 +94,7 @@ class Room(
 
     async def Score(self, request: Any, context: Any) -> reward_pb2.ScoreResponse:
         await self.enter("Score", request, context)
-        await asyncio.sleep(self.score_delay_s)
+        await self.pause(self.score_delay_s)
         if request.version.HasField("exact"):
             self.version = ModelVersion.from_proto(request.version.exact)
         scores = [float(value) for value in self.sums(request)][self.lose :]
@@ -117,7 +119,7 @@ class Room(
         tokens = RaggedTokens.from_proto(request.tokens)
         assert tokens.prompt_lengths is not None
         prompts = tokens.prompt_lengths.tolist()
-        responses = [ids[prompt:] for ids, prompt in zip(tokens.sequences(), prompts, strict=True)]
+        responses = [ids[prompt:] for ids, prompt in zip(tokens.sequences(), prompts, strict=True)][self.lose :]
         values = RaggedFloats.from_sequences([-ids.astype(np.float32) for ids in responses])
         answer = reference_pb2.LogProbsResponse(logprobs=values.to_proto(), version=self.version.to_proto())
         if request.include_lse:
@@ -134,7 +136,7 @@ class Room(
         samples = max(1, request.sampling.n)
         asked = [(p, s) for p in range(len(request.prompts)) for s in range(samples)]
         for sent, (p, s) in enumerate(reversed(asked[self.lose :])):
-            await asyncio.sleep(self.pause_between_s if sent else 0.0)
+            await self.pause(self.pause_between_s if sent else 0.0)
             await self.maybe_break(sent, context)
             prompt = request.prompts[p]
             ids = [prompt.seeds[s] % 2**31]
@@ -149,7 +151,11 @@ class Room(
                 versions=[generator_pb2.VersionRun(version=self.version.to_proto(), token_count=1)],
                 seed=prompt.seeds[s],
             )
-            yield generator_pb2.GenerateResponse(completion=completion)
+            try:
+                yield generator_pb2.GenerateResponse(completion=completion)
+            except (asyncio.CancelledError, GeneratorExit):
+                self.cancelled.set()
+                raise
         await self.maybe_break(len(asked), context)
 
     async def maybe_break(self, sent: int, context: grpc.aio.ServicerContext) -> None:

@@ -10,6 +10,7 @@ from trimtab.runtime.errors import invalid
 from trimtab_client import (
     AsyncRewardClient,
     AtLeast,
+    Cancelled,
     ChannelOptions,
     DeadlineExceeded,
     Internal,
@@ -123,6 +124,32 @@ async def test_an_answer_of_the_wrong_size_is_no_answer(rooms, sdk, ragged):
     room.lose = 1
     with pytest.raises(Internal, match="2 scores and 2 normalised for 3 sequences"):
         await sdk.call("Reward", room.address, "score_tokens", ragged(3), DIGEST)
+
+
+@pytest.mark.parametrize("wanted", [{}, {"entropy": True}, {"hidden": True}])
+async def test_logprobs_of_other_lengths_are_no_answer(rooms, sdk, ragged, wanted):
+    room = await rooms()
+    room.lose = 1
+    with pytest.raises(Internal, match="contradicts itself"):
+        await sdk.call("Reference", room.address, "logprobs", ragged(3), DIGEST, **wanted)
+
+
+async def test_closing_a_client_cancels_what_is_in_flight(rooms, ragged):
+    room = await rooms()
+    room.score_delay_s = 30.0
+    asyncio_client, blocking_client = AsyncRewardClient(room.address), RewardClient(room.address)
+    calls = [
+        asyncio.create_task(asyncio_client.score_tokens(ragged(2), DIGEST)),
+        asyncio.create_task(asyncio.to_thread(blocking_client.score_tokens, ragged(2), DIGEST)),
+    ]
+    async with asyncio.timeout(10):
+        while len(room.calls["Score"]) < 2:  # noqa: ASYNC110 (two calls, one event)
+            await asyncio.sleep(0.01)
+        await asyncio_client.close()
+        blocking_client.close()
+        for call in calls:
+            with pytest.raises(Cancelled):
+                await call
 
 
 async def test_every_call_has_a_deadline(rooms, sdk, ragged):
