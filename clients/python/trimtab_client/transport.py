@@ -17,7 +17,7 @@ import grpc
 
 from trimtab_client.calls import Call, Program, Stream
 from trimtab_client.channel import Addresses, ChannelOptions, open_sync
-from trimtab_client.errors import Cancelled, TrimtabError, from_rpc_error
+from trimtab_client.errors import TrimtabError, from_rpc_error
 from trimtab_client.retries import RetryPlan
 from trimtab_client.routing import Routing
 
@@ -90,8 +90,6 @@ class SyncTransport:
                 rpc = self._method(call, next(places)).future(call.request, **self.routing.sending(until))
                 with in_flight.holding(rpc):
                     return call.read(rpc.result())
-            except grpc.FutureCancelledError:
-                raise Cancelled("CANCELLED", "cancelled on this side") from None
             except grpc.RpcError as failure:
                 in_flight.pause(retries, from_rpc_error(failure))
 
