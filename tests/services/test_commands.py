@@ -123,7 +123,10 @@ def test_train_starts_its_own_trainer_publishes_and_exits_0(tmp_path: Path) -> N
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [line.split()[:2] for line in lines[:3]] == [["step", "1/3"], ["step", "2/3"], ["step", "3/3"]]
-    assert "loss=" in lines[0] and lines[-2:] == ["published 1 version(s), the newest first/policy@3", "run first succeeded at step 3"]
+    assert "loss=" in lines[0] and lines[-2:] == [
+        "published 1 version(s), the newest first/policy@3",
+        "run first succeeded at step 3",
+    ]
 
 
 def test_ctrl_c_stops_a_run_after_its_step(tmp_path: Path) -> None:

@@ -52,8 +52,10 @@ class SentenceEncoder:
         """
         import torch
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
         path = Path(folder) if folder is not None else _packaged_folder()
+        logging.disable_progress_bar()
         model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
         name = (
             f"{path.name if folder is not None else 'all-MiniLM-L6-v2'}:{_digest((path / 'config.json').read_bytes())}"

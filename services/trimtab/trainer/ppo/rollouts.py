@@ -23,10 +23,15 @@ from trimtab_client import (
     AsyncGeneratorClient,
     AsyncReferenceClient,
     AsyncRewardClient,
+    ChannelOptions,
     ModelVersion,
     RaggedTokens,
     Sampling,
 )
+
+
+SERVICE_RETRIES = 30
+"""A service that restarts is waited for: about two minutes, the longest delay between tries being 5 s."""
 
 
 @dataclass
@@ -53,9 +58,10 @@ class RolloutClients:
         self.config = config
         self.tokenizer = tokenizer
         self.timeout_s = timeout_s
-        self.generator = AsyncGeneratorClient(config.generator_address)
-        self.reward = AsyncRewardClient(config.reward_address)
-        self.reference = AsyncReferenceClient(config.reference_address)
+        options = ChannelOptions(timeout_s=timeout_s, retries=SERVICE_RETRIES)
+        self.generator = AsyncGeneratorClient(config.generator_address, options)
+        self.reward = AsyncRewardClient(config.reward_address, options)
+        self.reference = AsyncReferenceClient(config.reference_address, options)
         self.tokenizer_digest = ""
 
     async def check(self, tokenizer_digest: str) -> None:
