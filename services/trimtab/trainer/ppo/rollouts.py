@@ -29,7 +29,6 @@ from trimtab_client import (
     Sampling,
 )
 
-
 SERVICE_RETRIES = 30
 """A service that restarts is waited for: about two minutes, the longest delay between tries being 5 s."""
 
