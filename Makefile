@@ -30,13 +30,15 @@ wire: install          ## buf lint, breaking changes, freshness of the generated
 	.ci/proto_breaking.sh $(abspath $(BIN))/buf
 	$(BIN)/python clients/python/generate_stubs.py --check
 
-wheels: install        ## both wheels; the client's is tried in an empty environment
+wheels: install        ## both wheels, tried in an empty environment: first the client alone, then trimtab
 	rm -rf dist build/empty-venv
 	$(BIN)/python -m build --wheel --outdir dist clients/python
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(PYTHON) -m venv build/empty-venv
 	build/empty-venv/bin/python -m pip install -qq -c constraints.txt dist/trimtab_client-*.whl
 	cd build && empty-venv/bin/python -c "import sys, trimtab_client; assert 'torch' not in sys.modules; print('client wheel imports without torch')"
+	build/empty-venv/bin/python -m pip install -qq -c constraints.txt dist/trimtab-*.whl dist/trimtab_client-*.whl
+	cd build && empty-venv/bin/trimtab --version && empty-venv/bin/trimtab --help >/dev/null
 
 unit: install          ## pytest without the slow tests, with coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
