@@ -28,7 +28,7 @@ def run_demo(folder: Path, examples: Path, timeout_s: float) -> str:
 
 @pytest.fixture
 def small_examples(tmp_path) -> Path:
-    """The examples with a few rows of each set and a few steps of each stage."""
+    """The examples with some forty rows of each set and a few steps of each stage."""
     examples = tmp_path / "examples"
     shutil.copytree(EXAMPLES, examples)
     for name, changes in {
@@ -44,7 +44,8 @@ def small_examples(tmp_path) -> Path:
         "import sys, runpy\nfrom pathlib import Path\n"
         "runpy.run_path(str(Path(__file__).with_name('prepare_all.py')), run_name='__main__')\n"
         "for path in Path(sys.argv[1]).rglob('*.jsonl'):\n"
-        f"    path.write_text(''.join(path.read_text().splitlines(True)[:{ROWS}]))\n"
+        "    lines = path.read_text().splitlines(True)\n"
+        f"    path.write_text(''.join(lines[:: max(1, len(lines) // {ROWS})]))\n"
     )
     return examples
 
