@@ -51,8 +51,8 @@ test-all: lint wire wheels   ## and the long proofs
 demo: install          ## the three stages on real data, in minutes on two cores
 	$(BIN)/trimtab demo --fresh
 
-bench: install         ## side-by-side measurements
-	$(BIN)/python -m benchmarks
+bench: install         ## one PPO update beside TRL's, whose environment is made on first use
+	$(BIN)/python -m benchmarks.ppo_step --peer-env .venv-trl --out ppo_step.json
 
 protos: install        ## generate the stubs from protos/
 	$(BIN)/python clients/python/generate_stubs.py
