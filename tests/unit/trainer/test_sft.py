@@ -6,7 +6,7 @@ import torch
 
 from trimtab.models.policy import Policy
 from trimtab.trainer.forward import TokenBatch, residual_dropout, response_logprobs, slice_batch
-from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate
+from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
 from trimtab.trainer.sft import accumulate_nll, mean_nll
 from trimtab.trainer.stages import OptimizerConfig
 
@@ -75,3 +75,15 @@ def test_schedules_warm_up_from_a_tenth_and_end_where_they_say():
 def test_a_sequence_without_prompt_or_response_is_refused(prompt):
     with pytest.raises(ValueError, match="prompt and a response"):
         TokenBatch((np.arange(5, dtype=np.int32),), (prompt,))
+
+
+def test_bfloat16_weights_keep_float32_masters_and_the_positions_that_the_services_use(tiny_folder):
+    policy, served = Policy.load(str(tiny_folder)), Policy.load(str(tiny_folder), dtype="bfloat16")
+    masters = masters_of(policy.model, "bfloat16")
+    assert masters is not None and {tensor.dtype for tensor in masters.values()} == {torch.float32}
+    assert policy.dtype == "bfloat16"
+    part = slice_batch(demonstrations(), range(6))
+    with torch.no_grad():  # bit by bit: rounded rotary frequencies alone would show
+        assert torch.equal(policy.hidden(part.packed), served.hidden(part.packed))
+    buffers = dict(served.model.named_buffers())
+    assert buffers and all(torch.equal(value, buffers[name]) for name, value in policy.model.named_buffers())
