@@ -83,6 +83,20 @@ def test_up_serves_generate_prints_completions_and_sigterm_ends_all_with_0(tmp_p
     assert all(len(r["token_ids"]) == len(r["logprobs"]) == 8 for r in parsed)
 
 
+def test_score_reads_what_generate_writes_and_chats_as_the_conversation_they_are(tmp_path: Path, make_tiny) -> None:
+    path, addresses = up_file(tmp_path, reward={"model": str(make_tiny("reward"))})
+    asked, answer = {"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}
+    rows = [{"messages": [asked], "response": "w3"}, {"messages": [asked, answer]}, {"messages": [asked]}]
+    with running("up", "-c", str(path)) as process:
+        wait_for(process, f"reward: serving on {addresses['reward']}")
+        at = ("--address", addresses["reward"])
+        result = trimtab("score", "--file", "-", *at, stdin="".join(json.dumps(row) + "\n" for row in rows))
+        spoken = trimtab("score", "--chat", "--prompt", "w1 w2", "w3", *at)
+    assert result.returncode == 0 and spoken.returncode == 0, result.stderr + spoken.stderr
+    generated, whole, unanswered = (line.split("\t")[0] for line in result.stdout.splitlines())
+    assert generated == whole == spoken.stdout.split("\t")[0] != unanswered
+
+
 def test_up_with_a_wrong_model_is_one_line_with_the_reason(tmp_path: Path) -> None:
     path, _ = up_file(tmp_path, generator={"model": str(tmp_path / "none")})
     result = trimtab("up", "-c", str(path))

@@ -17,9 +17,14 @@ def score(
     responses: Annotated[list[str] | None, typer.Argument(help="Responses to --prompt; none: JSON rows.")] = None,
     prompt: Annotated[str, typer.Option(help="The prompt that the responses answer.")] = "",
     file: Annotated[
-        Path | None, typer.Option(help='JSONL rows {"prompt", "response"} or {"messages"}; - is stdin.')
+        Path | None,
+        typer.Option(
+            help='JSONL rows {"prompt", "response"}, {"messages", "response"} or {"messages"} with the answer at their '
+            "end; - is stdin."
+        ),
     ] = None,
     address: Annotated[str, typer.Option(help="HOST:PORT of the service; several by commas.")] = "127.0.0.1:7102",
+    chat: Annotated[bool, typer.Option("--chat", help="Send --prompt as a chat message of a user.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON row a response.")] = False,
     tls: TlsFlag = False,
     tls_ca: TlsCa = None,
@@ -30,7 +35,8 @@ def score(
     """Score responses with a running reward model: the raw score, and normalised by its own mean and deviation."""
     from trimtab_client import RewardClient
 
-    rows: list[dict[str, Any]] = [{"prompt": prompt, "response": text} for text in responses or []]
+    asked = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    rows: list[dict[str, Any]] = [{**asked, "response": text} for text in responses or []]
     rows = rows or read_rows(file, None)
     chats = ["messages" in row for row in rows]
     if any(chats) and not all(chats):
@@ -38,7 +44,7 @@ def score(
     options = channel_options(address, tls, tls_ca, tls_cert, tls_key, token_file)
     with RewardClient(address, options) as client:
         if all(chats):
-            scores = client.score_chats([row["messages"] for row in rows])
+            scores = client.score_chats([_conversation(row) for row in rows])
         else:
             scores = client.score_texts([_pair(row) for row in rows])
     for row, raw, normalized in zip(rows, scores.scores, scores.normalized_scores, strict=True):
@@ -48,6 +54,12 @@ def score(
         else:
             shown = row["response"] if "response" in row else row["messages"][-1].get("content", "")
             typer.echo(f"{raw:.4f}\t{normalized:.4f}\t{' '.join(str(shown).split())}")
+
+
+def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The row's messages with its response, if it has one of its own (as `trimtab generate --json` writes), behind."""
+    answer = [{"role": "assistant", "content": str(row["response"])}] if "response" in row else []
+    return [*row["messages"], *answer]
 
 
 def _pair(row: dict[str, Any]) -> tuple[str, str]:
