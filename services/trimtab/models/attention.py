@@ -77,22 +77,45 @@ def _causal(
     length = q.shape[2]
     window = length if sliding_window is None else sliding_window
     windowed = length > window
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     plain = softcap is not None or (q.device.type == "cpu" and length <= SHORT_ON_CPU)
-    if not plain and not windowed:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
-    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)[None, :]
-    visible = distance >= 0
-    if windowed:
-        visible &= distance < window
-    if not plain:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=scaling)
-    scores = ((q * (scaling if scaling is not None else q.shape[-1] ** -0.5)) @ k.transpose(2, 3)).to(
-        torch.promote_types(q.dtype, torch.float32)
-    )
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)  # Gemma 2 (arXiv:2408.00118, section 2)
-    weights = F.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1).to(q.dtype)
-    return (F.dropout(weights, dropout) if dropout else weights) @ v
+    if plain:
+        return _matrix_products(q, k, v, scale, dropout, window, softcap)
+    if not windowed:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
+    visible = ~_hidden(length, window, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=scale)
+
+
+def _matrix_products(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    window: int,
+    softcap: float | None,
+) -> torch.Tensor:
+    """softmax(q kᵀ · scaling) v, the hidden places' −∞ added by the product itself; softmax sums in float32."""
+    length = q.shape[2]
+    queries, keys, values = (tensor.reshape(-1, length, tensor.shape[-1]) for tensor in (q, k, v))  # [B·H, T, d]
+    hidden = _hidden(length, window, q.device)
+    bias = torch.zeros(length, length, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
+    if softcap is None:
+        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scaling)
+    else:
+        bare = torch.bmm(queries, keys.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32))
+        scores = softcap * torch.tanh(bare * (scaling / softcap)) + bias  # Gemma 2 (arXiv:2408.00118, section 2)
+    weights = F.softmax(scores, dim=-1).to(q.dtype)
+    out = torch.bmm(F.dropout(weights, dropout) if dropout else weights, values)
+    return out.view(*q.shape[:3], -1)
+
+
+def _hidden(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Which of [query, key] may not be seen: later keys, and those `window` or more tokens back."""
+    places = torch.arange(length, device=device)
+    distance = places[:, None] - places[None, :]
+    return (distance < 0) | (distance >= window)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,7 @@
 """The PPO update: ratio 1 at the start, invariance to packing and micro-batches, hand-computed losses, resume state."""
 
 import copy
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from trimtab.trainer.ppo.experience import Episode, episode_scores, gather_exper
 from trimtab.trainer.ppo.loss import importance_weights, policy_terms, value_terms
 from trimtab.trainer.ppo.prompts import PromptSampler, completion_seed
 from trimtab.trainer.ppo.update import PpoUpdate, rollout_metrics
+from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import OptimizerConfig, PpoConfig, parse_stage
 from trimtab_client import Completion, ModelVersion, VersionRun
 
@@ -90,6 +92,31 @@ def test_first_gradients_do_not_depend_on_micro_batches_or_packing_order(tiny_fo
     assert len(ours) == len(whole) > 20
     for got, want in zip(ours, whole, strict=True):
         assert float((got - want).norm()) <= 1e-5 * float(want.norm()) + 1e-9
+
+
+def test_policy_and_value_model_side_by_side_learn_what_they_learn_one_after_the_other(tiny_folder):
+    def train(side_by_side):
+        update = make_update(tiny_folder, dtype="float64")
+        update.side_by_side = side_by_side
+        experience = experience_of(update.policy)
+        epoch = update.plan_epoch(experience)
+        metrics = update.optimize(experience, epoch, update.fix_targets(experience, epoch, 0.02), 1e-3, 1e-3)
+        models = (update.policy.model, update.value_model.model)
+        return metrics, torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
+
+    with closing(SideBySide("cpu", threads=2)) as both:
+        (ours, weights), (expected, expected_weights) = train(both), train(SideBySide())
+    assert ours == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert float((weights - expected_weights).abs().max()) < 1e-9
+
+
+def test_a_policy_that_does_not_move_has_no_gradient_norm(tiny_folder):
+    update = make_update(tiny_folder)
+    experience = experience_of(update.policy)
+    epoch = update.plan_epoch(experience)
+    targets = update.fix_targets(experience, epoch, 0.02)
+    metrics = update.optimize(experience, epoch, targets, 1e-3, 1e-3, move_policy=False)
+    assert metrics["grad_norm_policy"] == 0 < metrics["grad_norm_value"]
 
 
 def test_twenty_steps_in_float64_agree_across_micro_batch_sizes(tiny_folder):

@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from trimtab.trainer.ppo.rollouts import RolloutClients, RolloutClocks
 from trimtab.trainer.ppo.update import PpoUpdate, rollout_metrics
 from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.sft import load_policy, tell_what_was_cut
+from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import OptimizerConfig, PpoConfig, StageConfig
 from trimtab_client import ModelVersion
 
@@ -37,9 +39,9 @@ MAX_SKIPPED_IN_A_ROW = 3
 def run_ppo(config: PpoConfig, context: StageContext) -> None:
     """Run the stage to its end; raises what stops it."""
     context.run.doing("loading the policy, the value model and the prompts")
-    state = PpoState(config, context)
-    context.run.plan(config.steps)
-    with asyncio.Runner() as runner:
+    with closing(SideBySide(context.device, context.threads)) as side_by_side, asyncio.Runner() as runner:
+        state = PpoState(config, context, side_by_side)
+        context.run.plan(config.steps)
         clients = runner.run(_open(config, state.policy, context))
         try:
             with MetricWriter(context.run, context.folder) as writer:
@@ -55,7 +57,7 @@ class PpoState:
         policy_rate, value_rate: schedules by step.
     """
 
-    def __init__(self, config: PpoConfig, context: StageContext) -> None:
+    def __init__(self, config: PpoConfig, context: StageContext, side_by_side: SideBySide) -> None:
         stage = config.stage
         self.step = 0
         self.skipped_in_a_row = 0
@@ -66,7 +68,9 @@ class PpoState:
         self.kl = KLController(config.kl_coefficient, config.adaptive_kl_target, config.adaptive_kl_horizon)
         self.prompts = PromptSampler(read_prompts(config, self.policy), config.stage.seed)
         permutations = np.random.default_rng([config.stage.seed, 1])
-        self.update = PpoUpdate(config, self.policy, policy_optimizer, self.value_model, value_optimizer, permutations)
+        self.update = PpoUpdate(
+            config, self.policy, policy_optimizer, self.value_model, value_optimizer, permutations, side_by_side
+        )
 
 
 def _optimizer(model: Policy | ScalarModel, stage: StageConfig, config: OptimizerConfig) -> MasterWeightOptimizer:

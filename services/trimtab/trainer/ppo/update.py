@@ -27,6 +27,7 @@ from trimtab.trainer.ppo.advantages import (
 )
 from trimtab.trainer.ppo.experience import Experience, episode_scores
 from trimtab.trainer.ppo.loss import importance_weights, policy_terms, value_terms
+from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import PpoConfig
 
 Minibatch = list[Slice]
@@ -50,7 +51,10 @@ class Targets:
 
 
 class PpoUpdate:
-    """Updates a policy and, with GAE, a value model: `plan_epoch`, then `fix_targets`, then `optimize`."""
+    """Updates a policy and, with GAE, a value model: `plan_epoch`, then `fix_targets`, then `optimize`.
+
+    `side_by_side` runs the two models' work; by default one after the other.
+    """
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class PpoUpdate:
         value_model: ScalarModel | None,
         value_optimizer: MasterWeightOptimizer | None,
         permutations: np.random.Generator,
+        side_by_side: SideBySide | None = None,
     ) -> None:
         self.config = config
         self.policy = policy
@@ -67,6 +72,7 @@ class PpoUpdate:
         self.value_model = value_model
         self.value_optimizer = value_optimizer
         self.permutations = permutations
+        self.side_by_side = side_by_side or SideBySide()
 
     def plan_epoch(self, experience: Experience) -> list[Minibatch]:
         """A fresh permutation cut into minibatches, each into packed micro-batches."""
@@ -74,19 +80,15 @@ class PpoUpdate:
         size = self.config.minibatch_size
         return [self._minibatch(experience, order[start : start + size]) for start in range(0, len(order), size)]
 
-    @torch.no_grad()
     def fix_targets(self, experience: Experience, epoch: Sequence[Minibatch], beta: float) -> Targets:
         """Old log-probs, values, advantages and returns of the whole batch."""
         config = self.config
+        parts = [part for minibatch in epoch for part in minibatch]
         dtype = torch.promote_types(self.policy.model.dtype, torch.float32)  # float64 only for float64 weights
-        old_R = torch.empty(len(experience.behaviour_R), dtype=dtype)
-        entropy_R, values_R = torch.empty_like(old_R), torch.zeros_like(old_R)
-        for part in (part for minibatch in epoch for part in minibatch):
-            selected = response_logprobs(self.policy, part, config.temperature)
-            where = part.flat_R.cpu()
-            old_R[where], entropy_R[where] = selected.logprob_N.cpu(), selected.entropy_N.cpu()
-            if self.value_model is not None:
-                values_R[where] = response_values(self.value_model, part).cpu()
+        (old_R, entropy_R), values_R = self.side_by_side.run(
+            lambda: self._old_logprobs(parts, torch.empty(len(experience.behaviour_R), dtype=dtype)),
+            lambda: self._old_values(parts, torch.zeros(len(experience.behaviour_R), dtype=dtype)),
+        )
         lengths_B = experience.lengths_B
         scores_B = episode_scores(experience, config.no_eos_score).to(dtype)
         rewards_R = token_rewards(scores_B, old_R, experience.reference_R, lengths_B, beta)
@@ -129,10 +131,10 @@ class PpoUpdate:
             for minibatch in epoch:
                 sums = self._minibatch_gradients(minibatch, targets, move_policy=move_policy)
                 first_kl = sums["approx_kl"] / sums["tokens"] if first_kl is None else first_kl
-                norms = self._step(sums, policy_rate if move_policy else None, value_rate)
-                policy_norms += norms[:1]
-                value_norms += norms[1:]
-                skipped += not all(map(math.isfinite, norms)) or not math.isfinite(sums["loss_policy"])
+                policy_norm, value_norm = self._step(sums, policy_rate if move_policy else None, value_rate)
+                policy_norms.append(policy_norm)
+                value_norms.append(value_norm)
+                skipped += not (math.isfinite(policy_norm) and math.isfinite(value_norm))
                 steps += 1
                 ratio_max = max(ratio_max, sums.pop("ratio_max"))
                 epoch_kl += sums["approx_kl"] / sums["tokens"] / len(epoch)
@@ -162,56 +164,94 @@ class PpoUpdate:
         plan = plan_batches(lengths, self.config.stage.micro_batch_tokens)
         return [slice_batch(experience.tokens, [indices[i] for i in part], self.policy.device) for part in plan]
 
-    def _minibatch_gradients(self, minibatch: Minibatch, targets: Targets, *, move_policy: bool) -> dict[str, float]:
-        """Gradients of the minibatch's mean loss over its response tokens; returns the sums of its terms."""
-        config, device = self.config, self.policy.device
-        tokens = sum(len(part.targets_R) for part in minibatch)
-        sums: dict[str, float] = dict.fromkeys(
-            ("loss_policy", "loss_value", "ratio", "approx_kl", "clipped_policy", "clipped_value"), 0.0
-        )
-        ratio_max = 0.0
-        for part in minibatch:
+    @torch.no_grad()
+    def _old_logprobs(self, parts: Sequence[Slice], out_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs, written into `out_R`, and entropies."""
+        entropy_R = torch.empty_like(out_R)
+        for part in parts:
+            selected = response_logprobs(self.policy, part, self.config.temperature)
             where = part.flat_R.cpu()
-            selected = response_logprobs(self.policy, part, config.temperature)
-            fixed = (targets.old_R, targets.advantages_R, targets.weights_R)
-            loss, statistics = policy_terms(
-                selected.logprob_N, *(array[where].to(device) for array in fixed), clip_range=config.clip_range
-            )
-            sums["loss_policy"] += float(loss.detach())
-            if config.entropy_coefficient:
-                loss = loss - config.entropy_coefficient * selected.entropy_N.sum()
+            out_R[where], entropy_R[where] = selected.logprob_N.cpu(), selected.entropy_N.cpu()
+        return out_R, entropy_R
+
+    @torch.no_grad()
+    def _old_values(self, parts: Sequence[Slice], out_R: torch.Tensor) -> torch.Tensor:
+        """Values, written into `out_R`; it stays as it is without a value model."""
+        if self.value_model is not None:
+            for part in parts:
+                out_R[part.flat_R.cpu()] = response_values(self.value_model, part).cpu()
+        return out_R
+
+    def _minibatch_gradients(self, minibatch: Minibatch, targets: Targets, *, move_policy: bool) -> dict[str, float]:
+        """Gradients of the minibatch's mean losses over its response tokens; returns the sums of their terms."""
+        policy_sums, value_sums = self.side_by_side.run(
+            lambda: self._policy_gradients(minibatch, targets, move_policy=move_policy),
+            lambda: self._value_gradients(minibatch, targets),
+        )
+        return policy_sums | value_sums | {"tokens": float(_token_count(minibatch))}
+
+    def _policy_gradients(self, minibatch: Minibatch, targets: Targets, *, move_policy: bool) -> dict[str, float]:
+        config = self.config
+        tokens = _token_count(minibatch)
+        names = ("loss_policy", "ratio", "approx_kl", "clipped_policy", "ratio_max")
+        sums: dict[str, float] = dict.fromkeys(names, 0.0)
+        for part in minibatch:
+            with torch.set_grad_enabled(move_policy):
+                selected = response_logprobs(self.policy, part, config.temperature)
+                fixed = _at(part, targets.old_R, targets.advantages_R, targets.weights_R)
+                loss, statistics = policy_terms(selected.logprob_N, *fixed, clip_range=config.clip_range)
+                sums["loss_policy"] += float(loss.detach())
+                if config.entropy_coefficient:
+                    loss = loss - config.entropy_coefficient * selected.entropy_N.sum()
             if move_policy:
                 (loss / tokens).backward()
                 self.policy_optimizer.accumulate()
-            if self.value_model is not None and self.value_optimizer is not None:
-                values_R = response_values(self.value_model, part)
-                fixed = (targets.old_values_R, targets.returns_R)
-                value_loss, value_statistics = value_terms(
-                    values_R, *(array[where].to(device) for array in fixed), clip_range=config.value_clip_range
-                )
-                (config.value_coefficient * value_loss / tokens).backward()
-                self.value_optimizer.accumulate()
-                statistics |= value_statistics
-                sums["loss_value"] += float(value_loss.detach())
-            ratio_max = max(ratio_max, statistics.pop("ratio_max"))
+            sums["ratio_max"] = max(sums["ratio_max"], statistics.pop("ratio_max"))
             for name, value in statistics.items():
                 sums[name] += value
-        return sums | {"tokens": float(tokens), "ratio_max": ratio_max}
+        return sums
 
-    def _step(self, sums: dict[str, float], policy_rate: float | None, value_rate: float) -> list[float]:
-        """Step both optimizers; a non-finite loss or gradient steps neither. Returns the gradient norms."""
-        healthy = math.isfinite(sums["loss_policy"]) and math.isfinite(sums["loss_value"])
-        if not healthy:
-            self.policy_optimizer.clear()
-            if self.value_optimizer is not None:
-                self.value_optimizer.clear()
-            return [float("nan")]
-        norms = []
-        if policy_rate is not None:
-            norms.append(self.policy_optimizer.step(policy_rate))
-        if self.value_optimizer is not None:
-            norms.append(self.value_optimizer.step(value_rate))
-        return norms
+    def _value_gradients(self, minibatch: Minibatch, targets: Targets) -> dict[str, float]:
+        config = self.config
+        tokens = _token_count(minibatch)
+        sums = {"loss_value": 0.0, "clipped_value": 0.0}
+        if self.value_model is None or self.value_optimizer is None:
+            return sums
+        for part in minibatch:
+            values_R = response_values(self.value_model, part)
+            fixed = _at(part, targets.old_values_R, targets.returns_R)
+            loss, statistics = value_terms(values_R, *fixed, clip_range=config.value_clip_range)
+            (config.value_coefficient * loss / tokens).backward()
+            self.value_optimizer.accumulate()
+            sums["loss_value"] += float(loss.detach())
+            sums["clipped_value"] += statistics["clipped_value"]
+        return sums
+
+    def _step(self, sums: dict[str, float], policy_rate: float | None, value_rate: float) -> tuple[float, float]:
+        """Step both optimizers; a non-finite loss steps neither, a non-finite gradient not its own.
+
+        Returns both gradient norms: 0 for a model that does not train, NaN after a non-finite loss.
+        """
+        policy, value = self.policy_optimizer, self.value_optimizer
+        if not (math.isfinite(sums["loss_policy"]) and math.isfinite(sums["loss_value"])):
+            policy.clear()
+            if value is not None:
+                value.clear()
+            return math.nan, math.nan
+        return self.side_by_side.run(
+            lambda: 0.0 if policy_rate is None else policy.step(policy_rate),
+            lambda: 0.0 if value is None else value.step(value_rate),
+        )
+
+
+def _token_count(minibatch: Minibatch) -> int:
+    return sum(len(part.targets_R) for part in minibatch)
+
+
+def _at(part: Slice, *arrays_R: torch.Tensor) -> list[torch.Tensor]:
+    """The part's response tokens of arrays over the whole batch, on the part's device."""
+    where = part.flat_R.cpu()
+    return [array[where].to(part.flat_R.device) for array in arrays_R]
 
 
 def rollout_metrics(experience: Experience, targets: Targets) -> dict[str, float]:
