@@ -1,6 +1,7 @@
 """The backend for everything but CUDA: row chunks of logits, recomputed in the backward pass.
 
-At most `CHUNK_BYTES` of logits live at once, whatever N and V. Arithmetic is float32 (float64 for float64
+At most `CHUNK_BYTES` of logits live at once, whatever N and V; where all rows fit into one chunk, their probabilities
+are kept for the backward pass and nothing is recomputed. Arithmetic is float32 (float64 for float64
 hidden states). Suffixes: N rows, D hidden size, V vocabulary, C rows of a chunk.
 
 Statistics of a row with logits z (after bias, soft-cap and temperature): lse = log Σ eᶻ,
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 
 CHUNK_BYTES = 64 << 20
+VANISHED = -1e3
+"""e^z is 0 from here down, in float64 too; z·e^z is then 0, not NaN, for a logit that is ruled out."""
 
 
 class SelectedLogprobsFunction(torch.autograd.Function):
@@ -36,25 +39,32 @@ class SelectedLogprobsFunction(torch.autograd.Function):
         weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
         logprob_N = hidden_ND.new_empty(len(targets_N), dtype=dtype)
         lse_N, entropy_N = torch.empty_like(logprob_N), torch.empty_like(logprob_N)
-        for rows in _chunks(len(targets_N), weight.shape[0], dtype):
-            z_CV = _logits(hidden_ND[rows].to(dtype), weight, bias, softcap)[0].div_(temperature_N[rows, None])
+        chunks = list(_chunks(len(targets_N), weight.shape[0], dtype))
+        kept_NV = squash_CV = None
+        for rows in chunks:
+            z_CV, squash_CV = _logits(hidden_ND[rows].to(dtype), weight, bias, softcap)
+            z_CV.div_(temperature_N[rows, None])
             m_C = z_CV.amax(1)
             target_C = z_CV.gather(1, targets_N[rows, None])[:, 0]
             z_CV.sub_(m_C[:, None])
             e_CV = z_CV.exp()
             s_C = e_CV.sum(1)
-            b_C = torch.where(e_CV > 0, z_CV.mul_(e_CV), 0).sum(1)
+            b_C = z_CV.clamp_(min=VANISHED).mul_(e_CV).sum(1)
             log_s_C = s_C.log()
             lse_N[rows] = m_C + log_s_C
             logprob_N[rows] = (target_C - m_C) - log_s_C
             entropy_N[rows] = log_s_C - b_C / s_C
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, temperature_N, lse_N, entropy_N)
+            if len(chunks) == 1 and any(ctx.needs_input_grad):
+                kept_NV = e_CV.div_(s_C[:, None])
+        squash_NV = None if kept_NV is None else squash_CV
+        rows_N = (targets_N, temperature_N, lse_N, entropy_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, *rows_N, kept_NV, squash_NV)
         ctx.softcap = softcap
         return logprob_N, lse_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, targets_N, temperature_N, lse_N, entropy_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, targets_N, temperature_N, lse_N, entropy_N, kept_NV, squash_NV = ctx.saved_tensors
         dtype = _compute_dtype(hidden_ND)
         g_N, u_N, h_N = (torch.zeros_like(lse_N) if grad is None else grad.to(dtype) for grad in upstream)
         live = ((g_N != 0) | (u_N != 0) | (h_N != 0)).nonzero()[:, 0]  # rows without gradient cost nothing
@@ -66,13 +76,14 @@ class SelectedLogprobsFunction(torch.autograd.Function):
         for chunk in _chunks(len(live), weight.shape[0], dtype):
             rows = live[chunk]
             x_CD = hidden_ND[rows].to(dtype)
-            z_CV, squash_CV = _logits(x_CD, weight, bias, ctx.softcap)
-            logp_CV = z_CV.div_(temperature_N[rows, None]).sub_(lse_N[rows, None])
-            p_CV = logp_CV.exp()
+            if kept_NV is None:
+                z_CV, squash_CV = _logits(x_CD, weight, bias, ctx.softcap)
+                p_CV = z_CV.div_(temperature_N[rows, None]).sub_(lse_N[rows, None]).exp_()
+            else:
+                p_CV, squash_CV = kept_NV[rows], None if squash_NV is None else squash_NV[rows]
             dz_CV = p_CV * (u_N[rows] - g_N[rows])[:, None]
             if bool((h_N[rows] != 0).any()):
-                weighted = torch.where(p_CV > 0, (logp_CV + entropy_N[rows, None]) * p_CV, 0)
-                dz_CV -= weighted * h_N[rows, None]
+                dz_CV -= (torch.xlogy(p_CV, p_CV) + entropy_N[rows, None] * p_CV) * h_N[rows, None]
             dz_CV.scatter_add_(1, targets_N[rows, None], g_N[rows, None])
             dz_CV.div_(temperature_N[rows, None])
             if squash_CV is not None:

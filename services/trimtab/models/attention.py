@@ -45,9 +45,9 @@ def packed_attention(
     for group in packed.groups:
         q, k, v = (_gather(tensor, group) for tensor in (query, key, value))
         if repeats > 1:
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        out = _causal(q, k, v, scaling, dropout, sliding_window, softcap)  # [B, H, T, d]
-        flat = out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])  # [B·T, H, d]
+            k, v = k.repeat_interleave(repeats, dim=0), v.repeat_interleave(repeats, dim=0)
+        out = _causal(q, k, v, scaling, dropout, sliding_window, softcap)  # [H, B, T, d]
+        flat = out.permute(1, 2, 0, 3).reshape(-1, out.shape[0], out.shape[3])  # [B·T, H, d]
         pieces.append(flat if group.valid is None else flat.index_select(0, group.valid))
     rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if packed.order is not None:
@@ -56,13 +56,13 @@ def packed_attention(
 
 
 def _gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
-    """[1, H, N, d] → [B, H, T, d] of one group."""
+    """[1, H, N, d] → [H, B, T, d] of one group: heads stay in front, where the model put them, without a copy."""
     count, length = group.shape
     if group.contiguous_start is not None:
         rows = tensor[0, :, group.contiguous_start : group.contiguous_start + count * length]
     else:
         rows = tensor[0].index_select(1, group.gather_BT.reshape(-1))
-    return rows.unflatten(1, (count, length)).transpose(0, 1)
+    return rows.unflatten(1, (count, length))
 
 
 def _causal(
@@ -98,7 +98,7 @@ def _matrix_products(
 ) -> torch.Tensor:
     """softmax(q kᵀ · scaling) v, the hidden places' −∞ added by the product itself; softmax sums in float32."""
     length = q.shape[2]
-    queries, keys, values = (tensor.reshape(-1, length, tensor.shape[-1]) for tensor in (q, k, v))  # [B·H, T, d]
+    queries, keys, values = (tensor.reshape(-1, length, tensor.shape[-1]) for tensor in (q, k, v))  # [H·B, T, d]
     hidden = _hidden(length, window, q.device)
     bias = torch.zeros(length, length, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
     if softcap is None:

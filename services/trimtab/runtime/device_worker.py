@@ -7,6 +7,7 @@ torch work of a server never runs on the event loop and never on two threads at 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -16,8 +17,8 @@ R = TypeVar("R")
 class DeviceWorker:
     """A named thread that runs functions one after another, in the order they were given.
 
-    `threads` is the process's budget of compute threads (`torch.set_num_threads`), set on the worker's own thread
-    because torch keeps part of it per thread; None leaves torch's own choice.
+    `threads` is the worker's number of compute threads; every other thread of the process computes alone, since
+    OpenMP's threads sleep between two ops once there are more of them than cores. None leaves torch's own choice.
     """
 
     def __init__(self, name: str, *, threads: int | None = None) -> None:
@@ -38,3 +39,7 @@ class DeviceWorker:
             import torch
 
             torch.set_num_threads(self._threads)
+            torch.get_num_threads()  # a thread's first use takes over the process-wide count, which goes back to 1 here
+            others = Thread(target=torch.set_num_threads, args=(1,))
+            others.start()
+            others.join()
