@@ -4,16 +4,13 @@ At most `CHUNK_BYTES` of logits live at once, whatever N and V; where all rows f
 are kept for the backward pass and nothing is recomputed. Arithmetic is float32 (float64 for float64
 hidden states). Suffixes: N rows, D hidden size, V vocabulary, C rows of a chunk.
 
-Statistics of a row with logits z (after bias, soft-cap and temperature): lse = log Σ eᶻ,
-logprob = z_y − lse, entropy H = log S − B/S with S = Σ e^(z−m), B = Σ e^(z−m)(z−m), m = max z.
-Gradient, for upstream g on logprob, u on lse, h on entropy, p = e^(z−lse):
-dz_j = g(1[j=y] − p_j) + u p_j − h p_j (log p_j + H).
+Gradient of a row, for upstream g on logprob, u on lse, h on entropy H, p = e^(z−lse), temperature T:
+dz_j = (g(1[j=y] − p_j) + u p_j − h p_j (log p_j + H)) / T.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -22,93 +19,177 @@ VANISHED = -1e3
 """e^z is 0 from here down, in float64 too; z·e^z is then 0, not NaN, for a logit that is ruled out."""
 
 
-class SelectedLogprobsFunction(torch.autograd.Function):
-    """(hidden_ND, weight_VD, bias_V, targets_N, temperature_N, softcap) → logprob_N, lse_N, entropy_N."""
+def head_forward(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    temperature_N: torch.Tensor,
+    softcap: float | None,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Statistics [4, N], and what the backward pass may use again: probabilities [N, V] and d(capped)/d(bare).
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        targets_N: torch.Tensor,
-        temperature_N: torch.Tensor,
-        softcap: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dtype = _compute_dtype(hidden_ND)
-        weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
-        logprob_N = hidden_ND.new_empty(len(targets_N), dtype=dtype)
-        lse_N, entropy_N = torch.empty_like(logprob_N), torch.empty_like(logprob_N)
-        chunks = list(_chunks(len(targets_N), weight.shape[0], dtype))
-        kept_NV = squash_CV = None
-        for rows in chunks:
-            z_CV, squash_CV = _logits(hidden_ND[rows].to(dtype), weight, bias, softcap)
-            z_CV.div_(temperature_N[rows, None])
-            m_C = z_CV.amax(1)
-            target_C = z_CV.gather(1, targets_N[rows, None])[:, 0]
-            z_CV.sub_(m_C[:, None])
-            e_CV = z_CV.exp()
-            s_C = e_CV.sum(1)
-            b_C = z_CV.clamp_(min=VANISHED).mul_(e_CV).sum(1)
-            log_s_C = s_C.log()
-            lse_N[rows] = m_C + log_s_C
-            logprob_N[rows] = (target_C - m_C) - log_s_C
-            entropy_N[rows] = log_s_C - b_C / s_C
-            if len(chunks) == 1 and any(ctx.needs_input_grad):
-                kept_NV = e_CV.div_(s_C[:, None])
-        squash_NV = None if kept_NV is None else squash_CV
-        rows_N = (targets_N, temperature_N, lse_N, entropy_N)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, *rows_N, kept_NV, squash_NV)
-        ctx.softcap = softcap
-        return logprob_N, lse_N, entropy_N
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, targets_N, temperature_N, lse_N, entropy_N, kept_NV, squash_NV = ctx.saved_tensors
-        dtype = _compute_dtype(hidden_ND)
-        g_N, u_N, h_N = (torch.zeros_like(lse_N) if grad is None else grad.to(dtype) for grad in upstream)
-        live = ((g_N != 0) | (u_N != 0) | (h_N != 0)).nonzero()[:, 0]  # rows without gradient cost nothing
-        weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dhidden_ND = torch.zeros_like(hidden_ND) if needs_hidden else None
-        dweight_VD = torch.zeros_like(weight) if needs_weight else None
-        dbias_V = torch.zeros_like(bias) if needs_bias and bias is not None else None
-        for chunk in _chunks(len(live), weight.shape[0], dtype):
-            rows = live[chunk]
-            x_CD = hidden_ND[rows].to(dtype)
-            if kept_NV is None:
-                z_CV, squash_CV = _logits(x_CD, weight, bias, ctx.softcap)
-                p_CV = z_CV.div_(temperature_N[rows, None]).sub_(lse_N[rows, None]).exp_()
-            else:
-                p_CV, squash_CV = kept_NV[rows], None if squash_NV is None else squash_NV[rows]
-            dz_CV = p_CV * (u_N[rows] - g_N[rows])[:, None]
-            if bool((h_N[rows] != 0).any()):
-                dz_CV -= (torch.xlogy(p_CV, p_CV) + entropy_N[rows, None] * p_CV) * h_N[rows, None]
-            dz_CV.scatter_add_(1, targets_N[rows, None], g_N[rows, None])
-            dz_CV.div_(temperature_N[rows, None])
-            if squash_CV is not None:
-                dz_CV.mul_(squash_CV)
-            if dhidden_ND is not None:
-                dhidden_ND[rows] = (dz_CV @ weight).to(hidden_ND.dtype)
-            if dweight_VD is not None:
-                dweight_VD.addmm_(dz_CV.T, x_CD)
-            if dbias_V is not None:
-                dbias_V += dz_CV.sum(0)
-        dweight = None if dweight_VD is None else dweight_VD.to(weight_VD.dtype)
-        dbias = None if dbias_V is None or bias_V is None else dbias_V.to(bias_V.dtype)
-        return dhidden_ND, dweight, dbias, None, None, None
+    The last two are empty where `keep` is off, the rows do not fit into one chunk or there is no soft-cap.
+    """
+    dtype = compute_dtype(hidden_ND)
+    weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+    statistics_4N = hidden_ND.new_empty((4, len(targets_N)), dtype=dtype)
+    kept_NV, squash_NV = (hidden_ND.new_empty((0, 0), dtype=dtype) for _ in range(2))
+    keep = keep and fits_one_chunk(len(targets_N), weight_VD.shape[0], dtype)
+    for rows in row_chunks(len(targets_N), weight.shape[0], dtype):
+        z_CV, squash_CV = logits(hidden_ND[rows].to(dtype), weight, bias, softcap)
+        z_CV.div_(temperature_N[rows, None])
+        e_CV = chunk_statistics(z_CV, targets_N[rows], out=statistics_4N[:, rows])
+        if keep:
+            kept_NV = e_CV.div_(statistics_4N[1, :, None])
+            squash_NV = squash_NV if squash_CV is None else squash_CV
+    return statistics_4N, kept_NV, squash_NV
 
 
-def _compute_dtype(hidden_ND: torch.Tensor) -> torch.dtype:
-    return torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+def head_backward(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    temperature_N: torch.Tensor,
+    softcap: float | None,
+    row_values_5N: torch.Tensor,
+    kept_NV: torch.Tensor,
+    squash_NV: torch.Tensor,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden states, weight and bias; empty where `needs` says no.
+
+    Args:
+        row_values_5N: lse, entropy, and the upstream g, u, h of each row. Rows without upstream cost nothing.
+        targets_N: outside [0, V) for a target on another rank: the row then has no one-hot term.
+    """
+    lse_N, _, g_N, u_N, h_N = row_values_5N
+    dtype = compute_dtype(hidden_ND)
+    row_values_4N = over_temperature(row_values_5N, temperature_N)
+    live = ((g_N != 0) | (u_N != 0) | (h_N != 0)).nonzero()[:, 0]
+    weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+    gradients = HeadGradients(hidden_ND, weight_VD, bias_V, needs)
+    for chunk in row_chunks(len(live), weight.shape[0], dtype):
+        rows = live[chunk]
+        x_CD = hidden_ND[rows].to(dtype)
+        if kept_NV.numel():
+            p_CV, squash_CV = kept_NV[rows], squash_NV[rows] if squash_NV.numel() else None
+        else:
+            z_CV, squash_CV = logits(x_CD, weight, bias, softcap)
+            p_CV = z_CV.div_(temperature_N[rows, None]).sub_(lse_N[rows, None]).exp_()
+        dz_CV = logit_gradient(p_CV, targets_N[rows], row_values_4N[:, rows])
+        gradients.add(rows, x_CD, weight, dz_CV if squash_CV is None else dz_CV.mul_(squash_CV))
+    return gradients.finished()
 
 
-def _chunks(rows: int, vocab_size: int, dtype: torch.dtype) -> Iterator[slice]:
-    size = max(1, CHUNK_BYTES // (vocab_size * dtype.itemsize))
+def logits_forward(logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:
+    """Statistics [4, N] of logits that exist already, before temperature."""
+    dtype = compute_dtype(logits_NV)
+    statistics_4N = logits_NV.new_empty((4, len(targets_N)), dtype=dtype)
+    for rows in row_chunks(len(targets_N), logits_NV.shape[1], dtype):
+        chunk_statistics(logits_NV[rows].to(dtype) / temperature_N[rows, None], targets_N[rows], statistics_4N[:, rows])
+    return statistics_4N
+
+
+def logits_backward(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature_N: torch.Tensor, row_values_5N: torch.Tensor
+) -> torch.Tensor:
+    """Gradient [N, V] of the logits, in their dtype; `row_values_5N` as in `head_backward`."""
+    lse_N, _, g_N, u_N, h_N = row_values_5N
+    dtype = compute_dtype(logits_NV)
+    gradient_NV = torch.zeros_like(logits_NV)
+    row_values_4N = over_temperature(row_values_5N, temperature_N)
+    live = ((g_N != 0) | (u_N != 0) | (h_N != 0)).nonzero()[:, 0]
+    for chunk in row_chunks(len(live), logits_NV.shape[1], dtype):
+        rows = live[chunk]
+        p_CV = (logits_NV[rows].to(dtype) / temperature_N[rows, None]).sub_(lse_N[rows, None]).exp_()
+        gradient_NV[rows] = logit_gradient(p_CV, targets_N[rows], row_values_4N[:, rows]).to(logits_NV.dtype)
+    return gradient_NV
+
+
+class HeadGradients:
+    """Adds up the gradients of a head row chunk by row chunk, in the compute dtype; one rounding at the end."""
+
+    def __init__(
+        self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, needs: Sequence[bool]
+    ) -> None:
+        dtype = compute_dtype(hidden_ND)
+        self._dtypes = (hidden_ND.dtype, weight_VD.dtype, hidden_ND.dtype if bias_V is None else bias_V.dtype)
+        nothing = [hidden_ND.new_empty(0, dtype=dtype) for _ in range(3)]
+        self.dhidden_ND = torch.zeros_like(hidden_ND) if needs[0] else nothing[0]
+        self.dweight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs[1] else nothing[1]
+        self.dbias_V = torch.zeros_like(bias_V, dtype=dtype) if needs[2] and bias_V is not None else nothing[2]
+
+    def add(self, rows: torch.Tensor | slice, x_CD: torch.Tensor, weight: torch.Tensor, dz_CV: torch.Tensor) -> None:
+        """Add what the bare logits' gradient of some rows gives."""
+        if self.dhidden_ND.numel():
+            self.dhidden_ND[rows] = (dz_CV @ weight).to(self.dhidden_ND.dtype)
+        if self.dweight_VD.numel():
+            self.dweight_VD.addmm_(dz_CV.T, x_CD)
+        if self.dbias_V.numel():
+            self.dbias_V += dz_CV.sum(0)
+
+    def finished(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of hidden states, weight and bias, in the dtypes of what they belong to."""
+        hidden, weight, bias = self._dtypes
+        return self.dhidden_ND.to(hidden), self.dweight_VD.to(weight), self.dbias_V.to(bias)
+
+
+def chunk_statistics(z_CV: torch.Tensor, targets_C: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write m, S, B, t of each row to `out` [4, C] and return e^(z−m); `z_CV` is used up."""
+    m_C = z_CV.amax(1)
+    here_C = (targets_C >= 0) & (targets_C < z_CV.shape[1])
+    target_C = z_CV.gather(1, torch.where(here_C, targets_C, 0)[:, None])[:, 0]
+    offset_C = torch.where(m_C == -torch.inf, 0, m_C)  # a row with no possible column has S = 0
+    z_CV.sub_(offset_C[:, None])
+    e_CV = z_CV.exp()
+    out[0], out[1] = m_C, e_CV.sum(1)
+    out[2] = z_CV.clamp_(min=VANISHED).mul_(e_CV).sum(1)
+    out[3] = torch.where(here_C, target_C, -torch.inf)
+    return e_CV
+
+
+def logit_gradient(p_CV: torch.Tensor, targets_C: torch.Tensor, row_values_4C: torch.Tensor) -> torch.Tensor:
+    """g(1[j=y] − p) + u p − h p (log p + H), written over `p_CV`; `row_values_4C` is H, g, u, h."""
+    entropy_C, g_C, u_C, h_C = row_values_4C
+    bonus_CV = None
+    if bool((h_C != 0).any()):
+        bonus_CV = torch.xlogy(p_CV, p_CV).addcmul_(entropy_C[:, None], p_CV).mul_(h_C[:, None])
+    dz_CV = p_CV.mul_((u_C - g_C)[:, None])
+    if bonus_CV is not None:
+        dz_CV.sub_(bonus_CV)
+    here_C = (targets_C >= 0) & (targets_C < p_CV.shape[1])
+    one_hot_C = torch.where(here_C, g_C, 0)
+    return dz_CV.scatter_add_(1, torch.where(here_C, targets_C, 0)[:, None], one_hot_C[:, None])
+
+
+def over_temperature(row_values_5N: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:
+    """H, g/T, u/T, h/T of lse, H, g, u, h: the logits' gradient is linear in the upstream."""
+    return torch.cat((row_values_5N[1:2], row_values_5N[2:] / temperature_N))
+
+
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def fits_one_chunk(rows: int, vocab_size: int, dtype: torch.dtype) -> bool:
+    return 0 < rows <= _chunk_rows(vocab_size, dtype)
+
+
+def row_chunks(rows: int, vocab_size: int, dtype: torch.dtype, live_matrices: int = 1) -> Iterator[slice]:
+    """Rows in pieces whose `live_matrices` matrices of logits take `CHUNK_BYTES` together."""
+    size = max(1, _chunk_rows(vocab_size, dtype) // live_matrices)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _logits(
+def _chunk_rows(vocab_size: int, dtype: torch.dtype) -> int:
+    return max(1, CHUNK_BYTES // (vocab_size * dtype.itemsize))
+
+
+def logits(
     x_CD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits before temperature, and d(soft-capped)/d(bare) where there is a soft-cap."""

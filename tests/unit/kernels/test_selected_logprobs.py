@@ -86,6 +86,6 @@ def test_self_check_passes_here_and_catches_a_wrong_backend(monkeypatch):
     check_selected_logprobs()
     monkeypatch.setattr(torch.Tensor, "amax", lambda self, dim: self.mean(dim), raising=True)
     check_selected_logprobs()  # the maximum is only for range: any offset is exact
-    monkeypatch.setattr(chunked_torch, "_logits", lambda x, w, b, s: (x @ w.T * 1.001, None))
+    monkeypatch.setattr(chunked_torch, "logits", lambda x, w, b, s: (x @ w.T * 1.001, None))
     with pytest.raises(RuntimeError, match="off by"):
         check_selected_logprobs()

@@ -1,0 +1,67 @@
+"""The PPO loss over the LM head with its gradients, chunked torch: three matrix products, nothing recomputed.
+
+A chunk's rows hold the whole vocabulary, so each row's own maximum is its offset: log-probs are bitwise those of
+`selected_logprobs`, and the old log-sum-exp that Triton takes as a hint is not needed. The chunk's logits become its
+probabilities and then the loss's gradient in place, with g = d(loss)/d(logprob) from `ppo_terms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from trimtab.kernels.chunked_torch import (
+    HeadGradients,
+    chunk_statistics,
+    compute_dtype,
+    logit_gradient,
+    logits,
+    row_chunks,
+)
+from trimtab.kernels.ppo_terms import PpoSettings, RowTargets, row_losses
+from trimtab.kernels.statistics import logprob_lse_entropy
+
+
+def ppo(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    temperature_N: torch.Tensor,
+    softcap: float | None,
+    fixed: RowTargets,
+    hint_lse_N: torch.Tensor | None,
+    settings: PpoSettings,
+    normalizer: float,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:
+    """Loss (a scalar, Σ rows / normalizer), logprob and lse [N], and the loss's gradients of hidden, weight, bias.
+
+    Args:
+        hint_lse_N: not used here, see above.
+        needs: which of the three gradients are wanted; the others are empty.
+    """
+    dtype = compute_dtype(hidden_ND)
+    weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+    logprob_N = hidden_ND.new_empty(len(targets_N), dtype=dtype)
+    lse_N = torch.empty_like(logprob_N)
+    loss = hidden_ND.new_zeros((), dtype=dtype)
+    gradients = HeadGradients(hidden_ND, weight_VD, bias_V, needs)
+    for rows in row_chunks(len(targets_N), weight.shape[0], dtype):
+        x_CD, temperature_C = hidden_ND[rows].to(dtype), temperature_N[rows]
+        z_CV, squash_CV = logits(x_CD, weight, bias, softcap)
+        z_CV.div_(temperature_C[:, None])
+        statistics_4C = z_CV.new_empty((4, len(x_CD)))
+        e_CV = chunk_statistics(z_CV, targets_N[rows], statistics_4C)
+        logprob_N[rows], lse_N[rows], entropy_C = logprob_lse_entropy(statistics_4C)
+        loss_C, slope_C = row_losses(logprob_N[rows], fixed.at(rows), settings)
+        loss += (loss_C - settings.entropy_coefficient * entropy_C if settings.entropy_coefficient else loss_C).sum()
+        if not any(needs):
+            continue
+        g_C = slope_C / (normalizer * temperature_C)
+        h_C = -settings.entropy_coefficient / (normalizer * temperature_C)
+        row_values_4C = torch.stack((entropy_C, g_C, torch.zeros_like(g_C), h_C))
+        dz_CV = logit_gradient(e_CV.div_(statistics_4C[1, :, None]), targets_N[rows], row_values_4C)
+        gradients.add(rows, x_CD, weight, dz_CV if squash_CV is None else dz_CV.mul_(squash_CV))
+    return loss / normalizer, logprob_N, lse_N, *gradients.finished()
