@@ -111,20 +111,10 @@ def exact_kl(
     _checked(reference_hidden_ND, reference_weight_VD, targets_N, temperature)
     if len(head_weight_VD) != len(reference_weight_VD):
         raise ValueError(f"vocabularies of {len(head_weight_VD)} and {len(reference_weight_VD)} tokens")
-    return ExactKl(
-        *two_head_kl(
-            hidden_ND,
-            head_weight_VD,
-            bias,
-            softcap,
-            reference_hidden_ND.detach(),
-            reference_weight_VD.detach(),
-            None if reference_bias is None else reference_bias.detach(),
-            reference_softcap,
-            targets_N,
-            temperature_N,
-        )  # fmt: skip
-    )
+    fixed_bias = None if reference_bias is None else reference_bias.detach()
+    reference = (reference_hidden_ND.detach(), reference_weight_VD.detach(), fixed_bias, reference_softcap)
+    columns = two_head_kl(hidden_ND, head_weight_VD, bias, softcap, *reference, targets_N, temperature_N)
+    return ExactKl(*columns)
 
 
 def ppo_loss(

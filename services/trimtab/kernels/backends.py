@@ -67,11 +67,11 @@ def _torch() -> Backend:
 
 @cache
 def _triton() -> Backend:
-    from trimtab.kernels import triton_backward, triton_forward, triton_kl, triton_logits, triton_ppo
+    from trimtab.kernels import triton_backward, triton_kl, triton_logits, triton_ppo, triton_stats
 
     return Backend(
         name="triton",
-        head_forward=triton_forward.head_forward,
+        head_forward=triton_stats.head_forward,
         head_backward=triton_backward.head_backward,
         logits_forward=triton_logits.logits_forward,
         logits_backward=triton_logits.logits_backward,

@@ -34,7 +34,7 @@ class PpoSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low < 1 or self.clip_high < 0:
-            raise ValueError(f"clip range [1 − {self.clip_low}, 1 + {self.clip_high}] must hold 1 and stay above 0")
+            raise ValueError(f"clip_low {self.clip_low} must lie in [0, 1), clip_high {self.clip_high} be 0 or more")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"dual_clip must be above 1, not {self.dual_clip}")
 

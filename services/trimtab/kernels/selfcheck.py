@@ -12,7 +12,7 @@ from trimtab.kernels.backends import backend_for
 from trimtab.kernels.ppo_terms import PpoSettings
 
 TOLERANCE = 2e-5
-GRADIENT_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 5e-5
 """Of a gradient, relative in the Frobenius norm; the input is float32."""
 
 
@@ -21,7 +21,7 @@ class KernelMismatchError(RuntimeError):
 
 
 def check_selected_logprobs(device: torch.device | str = "cpu") -> None:
-    """Raise KernelMismatchError if log-probs, lse or entropy are off by more than 2e-5, from hidden states or logits."""
+    """Raise KernelMismatchError if log-probs, lse or entropy are off by more than 2e-5, from hidden or logits."""
     hidden, weight, targets, _ = _inputs(device)
     logits = oracle.head_logits(hidden, weight, 0.7)
     want = oracle.selected(logits, targets)
@@ -34,7 +34,7 @@ def check_training_kernels(device: torch.device | str = "cpu") -> None:
     """`check_selected_logprobs`, and the gradients, the PPO loss and the exact KL.
 
     Raises:
-        KernelMismatchError: numbers off by more than 2e-5, or gradients by more than 1e-5 of their norm.
+        KernelMismatchError: numbers off by more than 2e-5, or gradients by more than 5e-5 of their norm.
     """
     check_selected_logprobs(device)
     hidden, weight, targets, generator = _inputs(device)
@@ -44,8 +44,8 @@ def check_training_kernels(device: torch.device | str = "cpu") -> None:
 
     ours = selected_logprobs(hidden, weight, targets)
     want = oracle.selected(oracle.head_logits(hidden, weight), targets)
-    sums = [(g * result.logprob_N + h * result.entropy_N).sum() for result in (ours, want)]
-    _compare_gradients("selected_logprobs", *sums, (hidden, weight))
+    ours_sum, want_sum = ((g * result.logprob_N + h * result.entropy_N).sum() for result in (ours, want))
+    _compare_gradients("selected_logprobs", ours_sum, want_sum, (hidden, weight))
 
     reference_hidden, reference_weight = hidden.detach() * 0.9, weight.detach() * 1.01
     ours = exact_kl(hidden, weight, reference_hidden, reference_weight, targets)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trimtab.kernels.triton_tile import HeadOperands, capped_logits, grouped_tile, launching
+from trimtab.kernels.triton_tile import HeadOperands, capped_logits, grouped_tile, launch
 
 SPLITS = 16
 MERGE_ROWS = 256
@@ -101,19 +101,34 @@ def merge_kernel(partial_ptr, out_ptr, N, splits, BLOCK_N: tl.constexpr):
     tl.store(out_ptr + 3 * N + rows, t_n, mask=live)
 
 
+def head_forward(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    temperature_N: torch.Tensor,
+    softcap: float | None,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `chunked_torch.head_forward`; nothing is ever kept, the backward pass makes its logits anew."""
+    nothing = [hidden_ND.new_empty((0, 0), dtype=torch.float32) for _ in range(2)]
+    head = HeadOperands.of(hidden_ND, weight_VD, bias_V, softcap)
+    return head_statistics(head, targets_N, temperature_N.reciprocal()), nothing[0], nothing[1]
+
+
 def head_statistics(head: HeadOperands, targets_N: torch.Tensor, inverse_temperature_N: torch.Tensor) -> torch.Tensor:
     """m, S, B, t of each row over the head's columns, float32 [4, N]; t is −inf where the target is not among them."""
-    rows, tile = len(targets_N), head.tile
+    rows, tile = len(targets_N), head.tile()
     partial = torch.empty((SPLITS, 4, rows), dtype=torch.float32, device=head.x_ND.device)
     out = torch.empty((4, rows), dtype=torch.float32, device=head.x_ND.device)
     if not rows:
         return out
     split_width = triton.cdiv(triton.cdiv(head.vocab_size, SPLITS), tile.block_v) * tile.block_v
-    row_tiles = triton.cdiv(rows, tile.block_n)
-    with launching(head.x_ND):
-        head_statistics_kernel[(row_tiles * SPLITS,)](
-            *head.arguments(tile), targets_N, inverse_temperature_N, partial, split_width, row_tiles,
-            head.row_group(tile), SPLITS=SPLITS, **head.constants(tile),
-        )  # fmt: skip
-        merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](partial, out, rows, SPLITS, BLOCK_N=MERGE_ROWS)
+    row_tiles = head.row_tiles(tile)
+    launch(
+        head_statistics_kernel, row_tiles * SPLITS, *head.arguments(tile), targets_N, inverse_temperature_N, partial,
+        split_width, row_tiles, head.row_group(tile), SPLITS=SPLITS, **head.constants(tile), on=head.x_ND,
+    )  # fmt: skip
+    merges = triton.cdiv(rows, MERGE_ROWS)
+    launch(merge_kernel, merges, partial, out, rows, SPLITS, BLOCK_N=MERGE_ROWS, on=head.x_ND)
     return out

@@ -7,6 +7,7 @@ a `_nv` tile holds BLOCK_N rows of BLOCK_V logits.
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROW_GROUP_BYTES = 24 << 20  # hidden states of the row tiles that run side by side; they should stay in the L2 cache
 _interpreter = threading.Lock()  # Triton's interpreter serves one thread at a time
 
@@ -41,21 +42,27 @@ class Tile:
     warp_specialized: bool = False
 
 
-FLOAT32 = Tile(64, 64, 32, warps=8, stages=2, bulk_copy=False)
+FLOAT32 = Tile(64, 64, 16, warps=8, stages=2, bulk_copy=False)
 AMPERE = Tile(128, 128, 64, warps=8, stages=3, bulk_copy=False)
-HOPPER = Tile(128, 256, 64, warps=8, stages=3)
-BLACKWELL = Tile(128, 128, 64, warps=8, stages=4)
-HOPPER_SPECIALIZED = Tile(128, 256, 64, warps=4, stages=3, warp_specialized=True)
+WIDE = Tile(128, 256, 64, warps=8, stages=3)
+NARROW = Tile(128, 128, 64, warps=8, stages=4)
+WIDE_SPECIALIZED = Tile(128, 256, 64, warps=4, stages=3, warp_specialized=True)
 INTERPRETER = Tile(32, 128, 64, warps=4, stages=1)
 
 
-def tile_for(dtype: torch.dtype, device: torch.device) -> Tile:
-    """The vetted tile of a dtype on a device; one table in place of tuning at run time, which would vary by shape."""
-    if INTERPRETED:
-        return INTERPRETER
+def vetted_tile(dtype: torch.dtype, capability: tuple[int, int], *, long_epilogue: bool) -> Tile:
+    """The tile of a dtype on a GPU generation: the widest whose values all stay in registers (`compile_targets`).
+
+    One table in place of tuning at run time, which would make a row's numbers depend on its company.
+
+    Args:
+        long_epilogue: much is computed on a tile of logits: a soft-cap, or their gradient.
+    """
     if dtype == torch.float32:
         return FLOAT32
-    return HOPPER if torch.cuda.get_device_capability(device) >= (9, 0) else AMPERE
+    if capability < (9, 0):
+        return AMPERE
+    return WIDE if capability < (10, 0) and not long_epilogue else NARROW
 
 
 @triton.jit
@@ -127,9 +134,12 @@ class HeadOperands:
     def vocab_size(self) -> int:
         return self.weight_VD.shape[0]
 
-    @property
-    def tile(self) -> Tile:
-        return tile_for(self.x_ND.dtype, self.x_ND.device)
+    def tile(self, *, long_epilogue: bool = False) -> Tile:
+        """What to run this head with on its device."""
+        if INTERPRETED:
+            return INTERPRETER
+        capability = torch.cuda.get_device_capability(self.x_ND.device)
+        return vetted_tile(self.x_ND.dtype, capability, long_epilogue=long_epilogue or self.softcap > 0)
 
     @property
     def scratch_dtype(self) -> torch.dtype:
@@ -164,15 +174,29 @@ class HeadOperands:
             "num_stages": tile.stages,
         }
 
+    def row_tiles(self, tile: Tile) -> int:
+        return triton.cdiv(len(self.x_ND), tile.block_n)
+
     def row_group(self, tile: Tile) -> int:
         return max(1, ROW_GROUP_BYTES // (tile.block_n * self.x_ND.stride(0) * self.x_ND.itemsize))
 
 
-def launching(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Wrap every launch: the tensor's GPU is the current one; under the interpreter, one thread at a time."""
+def launch(kernel: Any, programs: int, *arguments: Any, on: torch.Tensor, **constants: Any) -> None:
+    """Run a kernel on a tensor's GPU, or under the interpreter, which takes one thread at a time."""
+    guard: AbstractContextManager[Any] = nullcontext()
     if INTERPRETED:
-        return _interpreter
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+        guard = _interpreter
+    elif on.is_cuda:
+        guard = torch.cuda.device_of(on)
+    with guard:
+        kernel[(programs,)](*arguments, **constants)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a · b in float32, added up in float32, by the vendor's matrix product."""
+    if a.is_cuda and a.dtype == b.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def _aligned(matrix: torch.Tensor) -> torch.Tensor:
