@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from trimtab.kernels import triton_backward, triton_kl, triton_logits, triton_ppo, triton_stats
-from trimtab.kernels.triton_tile import WIDE_SPECIALIZED, Tile, vetted_tile
+from trimtab.kernels.triton_tile import Tile, vetted_tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)
@@ -49,11 +49,11 @@ class Compiled:
     """What came out.
 
     Attributes:
-        spill_bytes: stack of a thread; 0 where all values stay in registers.
+        stack_bytes: local memory of a thread, by the linker's account.
+        spills: instructions that store to local memory; 0 where all values stay in registers.
         shared_bytes: shared memory of a program.
         tensor_core_instructions: matrix instructions of the generation (HMMA, HGMMA, UTC…MMA).
         bulk_copies: tensor-descriptor loads by the copy engine.
-        register_handovers: USETMAXREG, the mark of warp specialisation.
     """
 
     triton: str
@@ -61,13 +61,12 @@ class Compiled:
     capability: int
     dtype: str
     softcap: bool
-    specialized: bool
     registers: int
-    spill_bytes: int
+    stack_bytes: int
+    spills: int
     shared_bytes: int
     tensor_core_instructions: int
     bulk_copies: int
-    register_handovers: int
 
 
 def targets() -> Iterator[Target]:
@@ -84,19 +83,12 @@ def targets() -> Iterator[Target]:
             yield Target(kernel, capability, "bf16", wide)
 
 
-def specialized_targets() -> Iterator[Target]:
-    """Warp-specialised variants for a benchmark to try on Hopper; nothing launches them by itself."""
-    for kernel in ("statistics", "gradient", "exponentials"):
-        yield Target(kernel, 90, "bf16", WIDE_SPECIALIZED)
-
-
 def compile_target(target: Target) -> Compiled:
     """Compile one kernel and disassemble it."""
     function, constants = _function(target), _constants(target)
     function_constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: _type(name, target) for name in function.arg_names}
     signature |= dict.fromkeys(function_constants, "constexpr")
-
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(function.arg_names)
@@ -104,7 +96,7 @@ def compile_target(target: Target) -> Compiled:
     }
     warps, stages = target.tile.warps, target.tile.stages
     if target.kernel not in ("statistics", "gradient", "exponentials"):
-        warps, stages = triton_logits.WARPS, 3
+        warps, stages = (triton_kl if target.kernel.startswith("kl") else triton_logits).WARPS, 3
     compiled = triton.compile(
         ASTSource(fn=function, signature=signature, constexprs=function_constants, attrs=divisible),
         target=GPUTarget("cuda", target.capability, 32),
@@ -118,13 +110,12 @@ def compile_target(target: Target) -> Compiled:
         capability=target.capability,
         dtype=target.dtype,
         softcap=target.softcap > 0,
-        specialized=target.tile.warp_specialized,
         registers=int(registers),
-        spill_bytes=int(stack),
+        stack_bytes=int(stack),
+        spills=len(re.findall(r"\bSTL\b", assembly)),
         shared_bytes=compiled.metadata.shared,
         tensor_core_instructions=len(re.findall(TENSOR_CORES[target.capability], assembly)),
         bulk_copies=len(re.findall(r"\bUTMALDG\b", assembly)),
-        register_handovers=len(re.findall(r"\bUSETMAXREG\b", assembly)),
     )
 
 
@@ -160,7 +151,6 @@ def _constants(target: Target) -> dict[str, Any]:
         "BLOCK_D": tile.block_d,
         "BULK_COPY": tile.bulk_copy,
         "UPCAST": False,
-        "WARP_SPECIALIZED": tile.warp_specialized,
     }
 
 

@@ -72,7 +72,7 @@ def _inputs(device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, tor
 
 def _compare(op: str, ours: Iterable[torch.Tensor], want: Iterable[torch.Tensor]) -> None:
     for number, (got, oracle_value) in enumerate(zip(ours, want, strict=True)):
-        error = float((got.double() - oracle_value).abs().max())
+        error = float((got.detach().double() - oracle_value.detach()).abs().max())
         _refuse(op, f"result {number}", error, TOLERANCE, got)
 
 

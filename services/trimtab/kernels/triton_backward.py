@@ -7,14 +7,14 @@ rounded once, and its part of the hidden states' gradient, which stays float32 u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from trimtab.kernels.chunked_torch import over_temperature
-from trimtab.kernels.triton_tile import HeadOperands, capped_logits, grouped_tile, launch, product
+from trimtab.kernels.triton_tile import HeadOperands, capped_logits, grouped_tile, launch, product, tiles
 
 SCRATCH_BYTES = 512 << 20
 """Of dz and the float32 gradient of the hidden states together; at least `MIN_COLUMNS` go into a chunk."""
@@ -34,14 +34,14 @@ def logit_gradient(z_nv, is_target_nv, lse_n, entropy_n, g_n, u_n, h_n):
 def head_gradient_kernel(
     x_ND, w_VD, bias_ptr, N, V, D, target_ptr, inverse_temperature_ptr, row_values_ptr, dz_ptr, row_tiles, group,
     SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BULK_COPY: tl.constexpr, UPCAST: tl.constexpr, WARP_SPECIALIZED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BULK_COPY: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Writes dz[N, V] of V columns; row_values[5, N] is lse, H, g/T, u/T, h/T."""
-    row_tile, column_tile = grouped_tile(tl.program_id(0), row_tiles, tl.cdiv(V, BLOCK_V), group)
+    row_tile, column_tile = grouped_tile(tl.program_id(0), row_tiles, tl.cdiv(V, BLOCK_V), group)  # pyright: ignore[reportGeneralTypeIssues]
     column = column_tile * BLOCK_V
     z_nv = capped_logits(
         x_ND, w_VD, bias_ptr, row_tile * BLOCK_N, N, column, V, D,
-        SOFTCAP, HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_D, BULK_COPY, UPCAST, WARP_SPECIALIZED,
+        SOFTCAP, HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_D, BULK_COPY, UPCAST,
     )  # fmt: skip
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < N
@@ -82,7 +82,7 @@ def head_backward(
     row_tiles = head.row_tiles(tile)
     for first, dz_LV in sums.chunks(head.scratch_dtype):
         launch(
-            head_gradient_kernel, row_tiles * triton.cdiv(dz_LV.shape[1], tile.block_v),
+            head_gradient_kernel, row_tiles * tiles(dz_LV.shape[1], tile.block_v),
             *head.arguments(tile, first, dz_LV.shape[1]), targets_L - first, inverse_temperature_L, row_values_5L,
             dz_LV, row_tiles, head.row_group(tile), **head.constants(tile), on=hidden_ND,
         )  # fmt: skip
@@ -103,15 +103,16 @@ class ColumnGradients:
     ) -> None:
         self.x_LD = hidden_ND.index_select(0, live)
         self._live, self._weight_VD = live, weight_VD
+        self._rows = len(live) if any(needs) else 0
         self._dx_LD = torch.zeros_like(self.x_LD, dtype=torch.float32) if needs[0] else None
         self._dhidden_ND = torch.zeros_like(hidden_ND) if needs[0] else hidden_ND.new_empty(0)
         self._dweight_VD = torch.zeros_like(weight_VD) if needs[1] else weight_VD.new_empty(0)
         like = hidden_ND if bias_V is None else bias_V
         self._dbias_V = torch.zeros_like(like) if needs[2] and bias_V is not None else like.new_empty(0)
 
-    def chunks(self, dtype: torch.dtype):
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
         """(first column, empty dz [L, columns]) over the vocabulary; one buffer serves all."""
-        rows, width = self.x_LD.shape
+        rows, width = self._rows, self.x_LD.shape[1]
         if not rows:
             return
         vocab_size = len(self._weight_VD)

@@ -16,11 +16,11 @@ import triton.language as tl
 from trimtab.kernels.chunked_kl import Head
 from trimtab.kernels.chunked_torch import over_temperature
 from trimtab.kernels.triton_backward import ColumnGradients, logit_gradient
-from trimtab.kernels.triton_logits import WARPS
 from trimtab.kernels.triton_stats import merged, tile_sums
-from trimtab.kernels.triton_tile import launch, product
+from trimtab.kernels.triton_tile import launch, product, tiles
 
-BLOCK_V = 2048
+BLOCK_V = 4096
+WARPS = 8
 SCRATCH_BYTES = 512 << 20
 """Of both heads' float32 logits."""
 
@@ -182,7 +182,7 @@ def kl_backward(
         here = slice(first, first + dz_LV.shape[1])
         zs = [product(x_LD, head[1][here].T) for x_LD, head in ((sums.x_LD, policy), (reference_LD, reference))]
         biases = [z if head[2] is None else head[2][here] for z, head in zip(zs, (policy, reference), strict=True)]
-        column_tiles = triton.cdiv(dz_LV.shape[1], BLOCK_V)
+        column_tiles = tiles(dz_LV.shape[1], BLOCK_V)
         launch(
             kl_gradient_kernel, len(live) * column_tiles, *zs, *biases, columns[0] - first, columns[1],
             row_values_5L, kl_values_3L, dz_LV, len(live), dz_LV.shape[1], column_tiles,

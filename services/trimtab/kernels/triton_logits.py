@@ -9,7 +9,7 @@ import triton.language as tl
 from trimtab.kernels.chunked_torch import over_temperature
 from trimtab.kernels.triton_backward import logit_gradient
 from trimtab.kernels.triton_stats import merged, tile_sums
-from trimtab.kernels.triton_tile import launch
+from trimtab.kernels.triton_tile import launch, tiles
 
 BLOCK_V = 4096
 WARPS = 4
@@ -87,7 +87,7 @@ def logits_backward(
     readable = _last_dim_contiguous(logits_NV)
     row_values_5N = torch.cat((row_values_5N[:1], over_temperature(row_values_5N, temperature_N)))
     gradient_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
-    column_tiles = triton.cdiv(vocab_size, BLOCK_V)
+    column_tiles = tiles(vocab_size, BLOCK_V)
     arguments = (readable, targets_N, temperature_N.reciprocal(), row_values_5N, gradient_NV)
     sizes = (rows, vocab_size, readable.stride(0), column_tiles)
     if rows:

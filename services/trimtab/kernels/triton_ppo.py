@@ -22,7 +22,7 @@ from trimtab.kernels.ppo_terms import PpoSettings, RowTargets, row_losses
 from trimtab.kernels.statistics import logprob_lse_entropy
 from trimtab.kernels.triton_backward import head_backward
 from trimtab.kernels.triton_stats import head_forward, head_statistics
-from trimtab.kernels.triton_tile import HeadOperands, capped_logits, grouped_tile, launch, product
+from trimtab.kernels.triton_tile import HeadOperands, capped_logits, grouped_tile, launch, product, tiles
 
 SCRATCH_BYTES = 1 << 30
 """Of a row chunk's E; its live rows are copied once more where not all are live."""
@@ -35,14 +35,14 @@ TRUSTED = 2.0**64
 def exponentials_kernel(
     x_ND, w_VD, bias_ptr, N, V, D, target_ptr, inverse_temperature_ptr, hint_ptr, e_ptr, sums_ptr, t_ptr, row_tiles,
     group, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BULK_COPY: tl.constexpr, UPCAST: tl.constexpr, WARP_SPECIALIZED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BULK_COPY: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Writes E = e^(z−k) [N, V], its row sums per tile [column tiles, N], and the target's z − k [N]."""
-    row_tile, column_tile = grouped_tile(tl.program_id(0), row_tiles, tl.cdiv(V, BLOCK_V), group)
+    row_tile, column_tile = grouped_tile(tl.program_id(0), row_tiles, tl.cdiv(V, BLOCK_V), group)  # pyright: ignore[reportGeneralTypeIssues]
     column = column_tile * BLOCK_V
     z_nv = capped_logits(
         x_ND, w_VD, bias_ptr, row_tile * BLOCK_N, N, column, V, D,
-        SOFTCAP, HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_D, BULK_COPY, UPCAST, WARP_SPECIALIZED,
+        SOFTCAP, HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_D, BULK_COPY, UPCAST,
     )  # fmt: skip
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < N
@@ -164,7 +164,7 @@ def _exponentials(
     head: HeadOperands, targets_C: torch.Tensor, inverse_temperature_C: torch.Tensor, hint_C: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tile, rows = head.tile(), len(targets_C)
-    row_tiles, column_tiles = head.row_tiles(tile), triton.cdiv(head.vocab_size, tile.block_v)
+    row_tiles, column_tiles = head.row_tiles(tile), tiles(head.vocab_size, tile.block_v)
     e_CV = head.x_ND.new_empty((rows, head.vocab_size), dtype=head.scratch_dtype)
     sums = head.x_ND.new_empty((column_tiles, rows), dtype=torch.float32)
     t_C = torch.empty_like(sums[0])

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trimtab.kernels.triton_tile import HeadOperands, capped_logits, grouped_tile, launch
+from trimtab.kernels.triton_tile import HeadOperands, capped_logits, grouped_tile, launch, tiles
 
 SPLITS = 16
 MERGE_ROWS = 256
@@ -46,10 +46,10 @@ def tile_sums(z_nv):
 def head_statistics_kernel(
     x_ND, w_VD, bias_ptr, N, V, D, target_ptr, inverse_temperature_ptr, partial_ptr, split_width, row_tiles, group,
     SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BULK_COPY: tl.constexpr, UPCAST: tl.constexpr, WARP_SPECIALIZED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BULK_COPY: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Writes m, S, B, t of each row's share of the vocabulary to partial[split, 4, N]."""
-    row_tile, split = grouped_tile(tl.program_id(0), row_tiles, SPLITS, group)
+    row_tile, split = grouped_tile(tl.program_id(0), row_tiles, SPLITS, group)  # pyright: ignore[reportGeneralTypeIssues]
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < N
     target_n = tl.load(target_ptr + rows, mask=live, other=-1)
@@ -61,7 +61,7 @@ def head_statistics_kernel(
     for column in range(split * split_width, tl.minimum((split + 1) * split_width, V), BLOCK_V):
         z_nv = capped_logits(
             x_ND, w_VD, bias_ptr, row_tile * BLOCK_N, N, column, V, D,
-            SOFTCAP, HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_D, BULK_COPY, UPCAST, WARP_SPECIALIZED,
+            SOFTCAP, HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_D, BULK_COPY, UPCAST,
         )  # fmt: skip
         columns = column + tl.arange(0, BLOCK_V)
         z_nv = tl.where((columns < V)[None, :], z_nv * inverse_temperature_n[:, None], float("-inf"))
@@ -123,12 +123,12 @@ def head_statistics(head: HeadOperands, targets_N: torch.Tensor, inverse_tempera
     out = torch.empty((4, rows), dtype=torch.float32, device=head.x_ND.device)
     if not rows:
         return out
-    split_width = triton.cdiv(triton.cdiv(head.vocab_size, SPLITS), tile.block_v) * tile.block_v
+    split_width = tiles(tiles(head.vocab_size, SPLITS), tile.block_v) * tile.block_v
     row_tiles = head.row_tiles(tile)
     launch(
         head_statistics_kernel, row_tiles * SPLITS, *head.arguments(tile), targets_N, inverse_temperature_N, partial,
         split_width, row_tiles, head.row_group(tile), SPLITS=SPLITS, **head.constants(tile), on=head.x_ND,
     )  # fmt: skip
-    merges = triton.cdiv(rows, MERGE_ROWS)
+    merges = tiles(rows, MERGE_ROWS)
     launch(merge_kernel, merges, partial, out, rows, SPLITS, BLOCK_N=MERGE_ROWS, on=head.x_ND)
     return out

@@ -30,7 +30,6 @@ class Tile:
 
     Attributes:
         bulk_copy: tiles are loaded by tensor descriptors (Hopper's copy engine) rather than by pointers.
-        warp_specialized: loads get a warp of their own.
     """
 
     block_n: int
@@ -39,14 +38,12 @@ class Tile:
     warps: int
     stages: int
     bulk_copy: bool = True
-    warp_specialized: bool = False
 
 
 FLOAT32 = Tile(64, 64, 16, warps=8, stages=2, bulk_copy=False)
 AMPERE = Tile(128, 128, 64, warps=8, stages=3, bulk_copy=False)
 WIDE = Tile(128, 256, 64, warps=8, stages=3)
 NARROW = Tile(128, 128, 64, warps=8, stages=4)
-WIDE_SPECIALIZED = Tile(128, 256, 64, warps=4, stages=3, warp_specialized=True)
 INTERPRETER = Tile(32, 128, 64, warps=4, stages=1)
 
 
@@ -82,11 +79,11 @@ def rows_of(matrix, row, rows, d, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 def capped_logits(
     x_ND, w_VD, bias_ptr, row, N, column, V, D,
     SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BULK_COPY: tl.constexpr, UPCAST: tl.constexpr, WARP_SPECIALIZED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BULK_COPY: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """softcap · tanh((x · wᵀ + bias) / softcap) of BLOCK_N rows from `row`, BLOCK_V columns from `column`, float32."""
     z_nv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for d in tl.range(0, D, BLOCK_D, warp_specialize=WARP_SPECIALIZED):
+    for d in range(0, D, BLOCK_D):
         x_nd = rows_of(x_ND, row, N, d, D, BLOCK_N, BLOCK_D, BULK_COPY)
         w_vd = rows_of(w_VD, column, V, d, D, BLOCK_V, BLOCK_D, BULK_COPY)
         if UPCAST:  # the interpreter multiplies the raw bits of bfloat16
@@ -169,16 +166,20 @@ class HeadOperands:
             "BLOCK_D": tile.block_d,
             "BULK_COPY": tile.bulk_copy,
             "UPCAST": INTERPRETED,
-            "WARP_SPECIALIZED": tile.warp_specialized,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }
 
     def row_tiles(self, tile: Tile) -> int:
-        return triton.cdiv(len(self.x_ND), tile.block_n)
+        return tiles(len(self.x_ND), tile.block_n)
 
     def row_group(self, tile: Tile) -> int:
         return max(1, ROW_GROUP_BYTES // (tile.block_n * self.x_ND.stride(0) * self.x_ND.itemsize))
+
+
+def tiles(length: int, size: int) -> int:
+    """How many pieces of `size` cover `length`."""
+    return -(-length // size)
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, on: torch.Tensor, **constants: Any) -> None:
