@@ -1,7 +1,9 @@
 """Causal attention over a packed row, registered with transformers as "trimtab_packed".
 
 Each sequence attends to itself only. Sequences of similar length run as one dense causal batch
-(`packing.AttentionGroup`), which is exact: a causal mask hides what stands behind a short sequence.
+(`packing.AttentionGroup`), which is exact: a causal mask hides what stands behind a short sequence. Where sequences
+share their beginning, its keys and values go to each of them and its queries run once.
+Suffixes: B sequences, T tokens of one as keys, Q of them as queries, H heads, d size of a head.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from trimtab.models.packing import PackedBatch
+from trimtab.models.packing import AttentionGroup, PackedBatch
 
 NAME = "trimtab_packed"
 SHORT_ON_CPU = 256
@@ -43,11 +45,12 @@ def packed_attention(
     repeats = query.shape[1] // key.shape[1]
     pieces = []
     for group in packed.groups:
-        q, k, v = (_gather(tensor, group) for tensor in (query, key, value))
+        q = _gather(query, group, group.first_query)
+        k, v = _gather(key, group), _gather(value, group)
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, dim=0), v.repeat_interleave(repeats, dim=0)
-        out = _causal(q, k, v, scaling, dropout, sliding_window, softcap)  # [H, B, T, d]
-        flat = out.permute(1, 2, 0, 3).reshape(-1, out.shape[0], out.shape[3])  # [B·T, H, d]
+        out = _causal(q, k, v, scaling, dropout, sliding_window, softcap)  # [H, B, Q, d]
+        flat = out.permute(1, 2, 0, 3).reshape(-1, out.shape[0], out.shape[3])  # [B·Q, H, d]
         pieces.append(flat if group.valid is None else flat.index_select(0, group.valid))
     rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if packed.order is not None:
@@ -55,14 +58,14 @@ def packed_attention(
     return rows.unsqueeze(0), None
 
 
-def _gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
-    """[1, H, N, d] → [H, B, T, d] of one group: heads stay in front, where the model put them, without a copy."""
+def _gather(tensor: torch.Tensor, group: AttentionGroup, first: int = 0) -> torch.Tensor:
+    """[1, H, N, d] → [H, B, T − first, d] of one group: heads stay in front, where the model put them, not copied."""
     count, length = group.shape
-    if group.contiguous_start is not None:
-        rows = tensor[0, :, group.contiguous_start : group.contiguous_start + count * length]
+    if group.contiguous_start is not None and first == group.first_query:
+        rows = tensor[0, :, group.contiguous_start : group.contiguous_start + count * (length - first)]
     else:
-        rows = tensor[0].index_select(1, group.gather_BT.reshape(-1))
-    return rows.unflatten(1, (count, length))
+        rows = tensor[0].index_select(1, group.gather_BT[:, first:].reshape(-1))
+    return rows.unflatten(1, (count, length - first))
 
 
 def _causal(
@@ -74,16 +77,16 @@ def _causal(
     sliding_window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    length = q.shape[2]
+    """q [H, B, Q, d] are the last Q of the T tokens that k and v [H, B, T, d] stand for; → [H, B, Q, d]."""
+    length = k.shape[2]
     window = length if sliding_window is None else sliding_window
-    windowed = length > window
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     plain = softcap is not None or (q.device.type == "cpu" and length <= SHORT_ON_CPU)
     if plain:
         return _matrix_products(q, k, v, scale, dropout, window, softcap)
-    if not windowed:
+    if length <= window and q.shape[2] == length:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
-    visible = ~_hidden(length, window, q.device)
+    visible = ~_hidden(q.shape[2], length, window, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, scale=scale)
 
 
@@ -97,10 +100,9 @@ def _matrix_products(
     softcap: float | None,
 ) -> torch.Tensor:
     """softmax(q kᵀ · scaling) v, the hidden places' −∞ added by the product itself; softmax sums in float32."""
-    length = q.shape[2]
-    queries, keys, values = (tensor.reshape(-1, length, tensor.shape[-1]) for tensor in (q, k, v))  # [H·B, T, d]
-    hidden = _hidden(length, window, q.device)
-    bias = torch.zeros(length, length, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
+    queries, keys, values = (tensor.reshape(-1, *tensor.shape[2:]) for tensor in (q, k, v))  # [H·B, Q or T, d]
+    hidden = _hidden(q.shape[2], k.shape[2], window, q.device)
+    bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
     if softcap is None:
         scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scaling)
     else:
@@ -111,10 +113,11 @@ def _matrix_products(
     return out.view(*q.shape[:3], -1)
 
 
-def _hidden(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Which of [query, key] may not be seen: later keys, and those `window` or more tokens back."""
+def _hidden(queries: int, length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Which of [query, key] may not be seen by the last `queries` of `length` tokens: later ones, and those `window` or
+    more tokens back."""
     places = torch.arange(length, device=device)
-    distance = places[:, None] - places[None, :]
+    distance = places[length - queries :, None] - places[None, :]
     return (distance < 0) | (distance >= window)
 
 

@@ -1,7 +1,8 @@
 """Packing: sequences of different lengths in one row of tokens, without padding.
 
-Position ids restart for each sequence; `attention` keeps sequences apart by the layout made here.
-Suffixes: B sequences, N tokens of the packed row, T tokens of a sequence.
+Position ids restart for each sequence; `attention` keeps sequences apart by the layout made here. Sequences that begin
+alike, the K responses to one prompt, may stand behind one copy of what they share (`pack_sets`).
+Suffixes: B sequences, N tokens of the packed row, T tokens of a sequence, S segments of the row.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ class AttentionGroup:
     Attributes:
         gather_BT: positions in the packed row. Behind a short sequence its own last token repeats: a causal
             mask hides it from every real token, and no other sequence's value ever enters the group's row.
-        valid: positions of the flattened [B·T] that are real tokens; None when all are.
-        contiguous_start: first token of the group when it is one slice of the packed row, else None.
+        first_query: columns before it are seen only, being asked for in another group: a shared beginning.
+        valid: positions of the flattened [B·(T − first_query)] that are the group's own tokens; None when all are.
+        contiguous_start: first of the group's queries when they are one slice of the packed row, else None.
     """
 
     gather_BT: torch.Tensor
+    first_query: int
     valid: torch.Tensor | None
     contiguous_start: int | None
 
@@ -42,44 +45,83 @@ class PackedBatch:
 
     Attributes:
         token_ids_N, position_ids_N: int64.
-        lengths: tokens of each sequence.
-        cu_seqlens: int32 [B + 1], start of each sequence and the end of the last.
+        lengths: tokens of each segment of the row: of each sequence or, from `pack_sets`, of each shared beginning
+            and then of each sequence behind it.
+        last_tokens_B: position in the row of each sequence's last token.
         groups: how attention is batched; `order` maps the groups' valid tokens back to the row.
     """
 
     token_ids_N: torch.Tensor
     position_ids_N: torch.Tensor
     lengths: tuple[int, ...]
-    cu_seqlens: torch.Tensor
+    last_tokens_B: torch.Tensor
     groups: tuple[AttentionGroup, ...]
     order: torch.Tensor | None
 
-    @property
-    def last_tokens_B(self) -> torch.Tensor:
-        """Position in the row of each sequence's last token."""
-        return self.cu_seqlens[1:].long() - 1
+
+@dataclass(frozen=True)
+class _Segments:
+    """Where the row's segments stand, and which earlier tokens of the row each continues.
+
+    Attributes:
+        start_S, length_S: of the segment's own tokens in the row.
+        shared_start_S, shared_S: of the beginning it continues; 0 tokens where it continues none.
+    """
+
+    start_S: np.ndarray
+    length_S: np.ndarray
+    shared_start_S: np.ndarray
+    shared_S: np.ndarray
 
     @property
-    def max_length(self) -> int:
-        return max(self.lengths)
+    def total_S(self) -> np.ndarray:
+        """Tokens that a segment's last token can see, itself among them."""
+        return self.shared_S + self.length_S
 
 
 def pack(sequences: Sequence[np.ndarray], device: torch.device | str = "cpu") -> PackedBatch:
     """Pack int token arrays [T] (each of at least one token) into one row."""
-    lengths = tuple(len(sequence) for sequence in sequences)
-    if not lengths or min(lengths) < 1:
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    if not lengths.size or lengths.min() < 1:
         raise ValueError("pack needs at least one sequence, each of at least one token")
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
-    groups, order = _attention_groups(lengths, starts[:-1], device)
-    return PackedBatch(
-        token_ids_N=torch.as_tensor(np.concatenate(sequences).astype(np.int64), device=device),
-        position_ids_N=torch.as_tensor(positions, device=device),
-        lengths=lengths,
-        cu_seqlens=torch.as_tensor(starts.astype(np.int32), device=device),
-        groups=groups,
-        order=order,
+    ends = np.cumsum(lengths)
+    none = np.zeros_like(lengths)
+    return _packed(sequences, _Segments(ends - lengths, lengths, none, none), ends - 1, device)
+
+
+def pack_sets(sets: Sequence[Sequence[np.ndarray]], device: torch.device | str = "cpu") -> PackedBatch:
+    """Pack sets of sequences, the tokens with which all of a set begin standing in the row once.
+
+    Hidden states equal those of `pack` wherever a token's state depends on the tokens before it through attention and
+    position ids alone (`layouts.shares_beginnings`). `last_tokens_B` follows the sets in order.
+    """
+    if not sets or any(not members or min(map(len, members)) < 1 for members in sets):
+        raise ValueError("pack_sets needs at least one set, each of sequences of at least one token")
+    shared = np.array([shared_beginning(members) for members in sets], dtype=np.int64)
+    counts = [len(members) for members in sets]
+    own = [member[tokens:] for members, tokens in zip(sets, shared, strict=True) for member in members]
+    pieces = [members[0][:tokens] for members, tokens in zip(sets, shared, strict=True)] + own
+    length_S = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    start_S = np.cumsum(length_S) - length_S
+    none = np.zeros_like(shared)
+    segments = _Segments(
+        start_S,
+        length_S,
+        np.concatenate([none, np.repeat(start_S[: len(sets)], counts)]),
+        np.concatenate([none, np.repeat(shared, counts)]),
     )
+    last_S = np.where(length_S > 0, start_S + length_S, segments.shared_start_S + segments.shared_S) - 1
+    filled = np.flatnonzero(length_S)
+    kept = _Segments(start_S[filled], length_S[filled], segments.shared_start_S[filled], segments.shared_S[filled])
+    return _packed([pieces[i] for i in filled], kept, last_S[len(sets) :], device)
+
+
+def shared_beginning(sequences: Sequence[np.ndarray]) -> int:
+    """How many tokens all sequences begin with."""
+    shortest = min(map(len, sequences))
+    head_BT = np.stack([sequence[:shortest] for sequence in sequences])
+    differs_T = (head_BT != head_BT[0]).any(0)
+    return int(differs_T.argmax()) if differs_T.any() else shortest
 
 
 def plan_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -112,30 +154,44 @@ def response_positions(lengths: Sequence[int], prompt_lengths: Sequence[int]) ->
     return np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
 
 
+def _packed(
+    pieces: Sequence[np.ndarray], segments: _Segments, last_tokens_B: np.ndarray, device: torch.device | str
+) -> PackedBatch:
+    positions_N = np.arange(segments.length_S.sum()) + np.repeat(
+        segments.shared_S - segments.start_S, segments.length_S
+    )
+    groups, order = _attention_groups(segments, device)
+    return PackedBatch(
+        token_ids_N=torch.as_tensor(np.concatenate(pieces).astype(np.int64), device=device),
+        position_ids_N=torch.as_tensor(positions_N, device=device),
+        lengths=tuple(segments.length_S.tolist()),
+        last_tokens_B=torch.as_tensor(last_tokens_B, device=device),
+        groups=groups,
+        order=order,
+    )
+
+
 def _attention_groups(
-    lengths: tuple[int, ...], starts: np.ndarray, device: torch.device | str
+    segments: _Segments, device: torch.device | str
 ) -> tuple[tuple[AttentionGroup, ...], torch.Tensor | None]:
-    by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    members: list[list[int]] = []
-    for index in by_length:
-        if members and lengths[index] >= (1 - MAX_PADDING_SHARE) * lengths[members[-1][0]]:
-            members[-1].append(index)
-        else:
-            members.append([index])
     groups, tokens = [], []
-    for indices in (sorted(group) for group in members):
-        group_lengths = np.array([lengths[i] for i in indices])
-        columns = np.arange(group_lengths.max())[None, :]
-        gather = starts[indices][:, None] + np.minimum(columns, group_lengths[:, None] - 1)
-        valid = columns < group_lengths[:, None]
-        flat = gather[valid]
-        tokens.append(flat)
-        is_slice = bool(valid.all()) and bool((np.diff(gather.reshape(-1)) == 1).all())
+    for members in _alike(segments):
+        start, total = segments.start_S[members], segments.total_S[members]
+        shared, shared_start = segments.shared_S[members, None], segments.shared_start_S[members, None]
+        columns = np.minimum(np.arange(total.max())[None, :], total[:, None] - 1)
+        gather = np.where(columns < shared, shared_start + columns, start[:, None] + columns - shared)
+        first_query = int(shared.min())
+        asked = np.arange(first_query, total.max())[None, :]
+        valid = (asked >= shared) & (asked < total[:, None])
+        queries = gather[:, first_query:]
+        tokens.append(queries[valid])
+        is_slice = bool(valid.all()) and bool((np.diff(queries.reshape(-1)) == 1).all())
         groups.append(
             AttentionGroup(
                 gather_BT=torch.as_tensor(gather, device=device),
+                first_query=first_query,
                 valid=None if valid.all() else torch.as_tensor(np.flatnonzero(valid), device=device),
-                contiguous_start=int(gather[0, 0]) if is_slice else None,
+                contiguous_start=int(start[0]) if is_slice else None,
             )
         )
     emitted = np.concatenate(tokens)
@@ -144,3 +200,29 @@ def _attention_groups(
     order = np.empty_like(emitted)
     order[emitted] = np.arange(emitted.size)
     return tuple(groups), torch.as_tensor(order, device=device)
+
+
+def _alike(segments: _Segments) -> list[list[int]]:
+    """Segments whose shared beginnings and whose totals differ by little, in the row's order within each group.
+
+    Shared beginnings may differ by a share of the longest total: so many queries of a group are asked in vain at most.
+    """
+    shared, total = segments.shared_S, segments.total_S
+    slack = MAX_PADDING_SHARE * total.max()
+    by_shared: list[list[int]] = []
+    for index in sorted(range(len(total)), key=lambda i: (shared[i], i)):
+        first = by_shared[-1][0] if by_shared else None
+        if first is not None and shared[index] - shared[first] <= slack and bool(shared[index]) == bool(shared[first]):
+            by_shared[-1].append(index)
+        else:
+            by_shared.append([index])
+    groups: list[list[int]] = []
+    for indices in by_shared:
+        members: list[list[int]] = []
+        for index in sorted(indices, key=lambda i: (-total[i], i)):
+            if members and total[index] >= (1 - MAX_PADDING_SHARE) * total[members[-1][0]]:
+                members[-1].append(index)
+            else:
+                members.append([index])
+        groups += members
+    return [sorted(group) for group in groups]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.models import attention, norms
+from trimtab.models import attention, layouts, norms
 from trimtab.models.folders import check_vocabulary, load_pretrained, max_length_of, save_pretrained
 from trimtab.models.packing import PackedBatch
 from trimtab.models.tokenizers import eos_token_ids, load_tokenizer, tokenizer_digest
@@ -53,6 +53,7 @@ class Policy:
         """Load a folder or hub id; ModelLoadError names what is wrong with it."""
         model = load_pretrained(AutoModelForCausalLM, source, dtype=dtype, attention=attention.NAME)
         torch.nn.Module.to(model, device)
+        layouts.check_packing(model, body_forward, source)
         return cls(model, load_tokenizer(source), source)
 
     def hidden(self, packed: PackedBatch) -> torch.Tensor:

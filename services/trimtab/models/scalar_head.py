@@ -7,13 +7,14 @@ reference samples stand in its config as `trimtab_score_mean` and `trimtab_score
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.models import attention, norms
+from trimtab.models import attention, layouts, norms
 from trimtab.models.errors import ModelLoadError
 from trimtab.models.folders import check_vocabulary, load_pretrained, max_length_of, save_pretrained
 from trimtab.models.packing import PackedBatch
@@ -56,6 +57,7 @@ class ScalarModel:
                 "config", f"{source}: {type(model).__name__} has no causal body with a linear `score` head"
             )
         torch.nn.Module.to(model, device)
+        layouts.check_packing(model, body_forward, source)
         return cls(model, load_tokenizer(source), source)
 
     @classmethod
@@ -114,6 +116,11 @@ class ScalarModel:
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder."""
         save_pretrained(self.model, self.tokenizer, folder)
+
+    @cached_property
+    def shares_beginnings(self) -> bool:
+        """Whether `packing.pack_sets` gives this model's own scores."""
+        return layouts.shares_beginnings(self.model, body_forward)
 
     @property
     def device(self) -> torch.device:

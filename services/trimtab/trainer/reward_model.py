@@ -1,7 +1,8 @@
 """Stage 2, the reward model: all pairs of each ranking from K forwards (InstructGPT, eq. 1).
 
 Starts from the SFT policy with a fresh scalar head, publishes `reward` with the constants that give its
-score mean 0 and deviation 1 on reference samples. What it reports about itself is in `reward_report`.
+score mean 0 and deviation 1 on reference samples. The loss is in `reward_loss`, what it reports about itself in
+`reward_report`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from trimtab.trainer.data import (
     tokenize_prompts,
     tokenize_rankings,
 )
-from trimtab.trainer.forward import negative_log_sigmoid, prepare_for_training
+from trimtab.trainer.forward import prepare_for_training
 from trimtab.trainer.metrics import MetricWriter
 from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
-from trimtab.trainer.rankings import plan_ranking_batches, score_rankings, untied_pairs
-from trimtab.trainer.reward_report import evaluate_rankings, write_report
+from trimtab.trainer.reward_loss import accumulate_pair_loss
+from trimtab.trainer.reward_plots import write_report
+from trimtab.trainer.reward_report import RewardReport, make_report, score_held_out
 from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.sft import load_policy, tell_what_was_cut
 from trimtab.trainer.stages import RewardModelConfig
@@ -65,14 +67,15 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
                 rate = learning_rate(stage.optimizer, step, total_steps)
                 batch = [train[i] for i in permutation[start : start + config.batch_prompts]]
                 context.run.doing("training")
-                loss, accuracy = accumulate_pair_loss(model, batch, stage.micro_batch_tokens, optimizer)
-                norm = optimizer.step(rate)
+                result = accumulate_pair_loss(model, batch, stage.micro_batch_tokens, optimizer)
+                norm, loss = optimizer.step(rate), result.loss
                 step += 1
-                metrics = {"loss": loss, "pair_accuracy": accuracy, "grad_norm_policy": norm, "learning_rate": rate}
+                metrics = {"loss": loss, "pair_accuracy": result.accuracy}
+                metrics |= {"grad_norm_policy": norm, "learning_rate": rate}
                 if validation and step % config.evaluate_every_steps == 0 and step < total_steps:
                     context.run.doing("evaluating on held-out rankings")
-                    report = evaluate_rankings(model, validation, stage.micro_batch_tokens)
-                    metrics["validation_pair_accuracy"] = report.accuracy
+                    held_out = score_held_out(model, validation, stage.micro_batch_tokens)
+                    metrics["validation_pair_accuracy"] = make_report(held_out).accuracy.share
                 writer.write(step, total_steps, metrics)
                 if not np.isfinite(loss):
                     raise RunFailedError(f"step {step}: the loss is {loss}; lower learning_rate or check the data")
@@ -84,16 +87,28 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
         model.set_normalization(float(scores_B.mean()), max(float(scores_B.std()), 1e-6))
         if validation:
             context.run.doing("evaluating on held-out rankings")
-            report = evaluate_rankings(model, validation, stage.micro_batch_tokens)
-            write_report(report, context.folder)
-            final |= {
-                "validation_pair_accuracy": report.accuracy,
-                "validation_pair_accuracy_low": report.accuracy_low,
-                "validation_pair_accuracy_high": report.accuracy_high,
-            }
+            held_out = score_held_out(model, validation, stage.micro_batch_tokens)
+            report = make_report(held_out, train)
+            write_report(report, held_out, context.folder, mean=model.mean, std=model.std)
+            final |= accuracy_metrics(report)
             writer.write(step, total_steps, final)
         context.run.doing("publishing the reward model")
         publish(total_steps, final | {"score_mean": model.mean, "score_std": model.std})
+
+
+def accuracy_metrics(report: RewardReport) -> dict[str, float]:
+    """The report's accuracies by the names of docs/metrics.md."""
+    named = {
+        "validation_pair_accuracy": report.accuracy,
+        "validation_pair_accuracy_training_labelers": report.training_labelers,
+        "validation_pair_accuracy_held_out_labelers": report.held_out_labelers,
+    }
+    return {
+        name + suffix: value
+        for name, accuracy in named.items()
+        if accuracy is not None
+        for suffix, value in (("", accuracy.share), ("_low", accuracy.low), ("_high", accuracy.high))
+    }
 
 
 def read_rankings(source: str, model: ScalarModel, max_length: int) -> list[TokenizedRanking]:
@@ -105,30 +120,6 @@ def read_rankings(source: str, model: ScalarModel, max_length: int) -> list[Toke
     if not kept:
         raise RunFailedError(f"{source}: no ranking with an untied pair fits into {max_length} tokens")
     return kept
-
-
-def ranking_loss(scores_K: torch.Tensor, ranks_K: np.ndarray) -> tuple[torch.Tensor, float]:
-    """−(1/#pairs) Σ_{w≻l} log σ(r_w − r_l) over untied pairs, and the share of them in the right order."""
-    winners, losers = untied_pairs(ranks_K)
-    margins_P = scores_K[torch.as_tensor(winners)] - scores_K[torch.as_tensor(losers)]
-    return negative_log_sigmoid(margins_P).mean(), float((margins_P.detach() > 0).float().mean())
-
-
-def accumulate_pair_loss(
-    model: ScalarModel, batch: Sequence[TokenizedRanking], micro_batch_tokens: int, optimizer: MasterWeightOptimizer
-) -> tuple[float, float]:
-    """Gradients of the mean loss over the batch's prompts (weight 1 each); returns mean loss and pair accuracy."""
-    total_loss = total_accuracy = 0.0
-    for micro in plan_ranking_batches(batch, micro_batch_tokens):
-        rankings = [batch[i] for i in micro]
-        scores = score_rankings(model, rankings)
-        results = [ranking_loss(s, r.ranks_K) for s, r in zip(scores, rankings, strict=True)]
-        loss = torch.stack([result[0] for result in results]).sum() / len(batch)
-        loss.backward()
-        optimizer.accumulate()
-        total_loss += float(loss.detach())
-        total_accuracy += sum(result[1] for result in results) / len(batch)
-    return total_loss, total_accuracy
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """The packed forward against transformers' own forward, one sequence at a time."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,8 @@ LENGTHS = (7, 1, 19, 7, 18, 3, 12)
 
 def build(name, attention):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=attention).eval()
+    config = copy.deepcopy(CONFIGS[name])  # from_config writes the attention into it, for every model that shares it
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 @pytest.fixture(scope="module")
