@@ -18,6 +18,7 @@ from trimtab.kernels.chunked_torch import (
     logit_gradient,
     logits,
     row_chunks,
+    shift_by_maximum,
 )
 from trimtab.kernels.ppo_terms import PpoSettings, RowTargets, row_losses
 from trimtab.kernels.statistics import logprob_lse_entropy
@@ -49,19 +50,27 @@ def ppo(
     loss = hidden_ND.new_zeros((), dtype=dtype)
     gradients = HeadGradients(hidden_ND, weight_VD, bias_V, needs)
     for rows in row_chunks(len(targets_N), weight.shape[0], dtype):
-        x_CD, temperature_C = hidden_ND[rows].to(dtype), temperature_N[rows]
-        z_CV, squash_CV = logits(x_CD, weight, bias, softcap)
-        z_CV.div_(temperature_C[:, None])
-        statistics_4C = z_CV.new_empty((4, len(x_CD)))
-        e_CV = chunk_statistics(z_CV, targets_N[rows], statistics_4C)
+        z_CV, squash_CV = logits(hidden_ND[rows].to(dtype), weight, bias, softcap)
+        z_CV.div_(temperature_N[rows, None])
+        statistics_4C = z_CV.new_zeros((4, len(z_CV)))
+        if settings.entropy_coefficient:
+            e_CV = chunk_statistics(z_CV, targets_N[rows], statistics_4C)
+        else:
+            statistics_4C[0], statistics_4C[3] = shift_by_maximum(z_CV, targets_N[rows])
+            e_CV = z_CV.exp_()
+            statistics_4C[1] = e_CV.sum(1)
         logprob_N[rows], lse_N[rows], entropy_C = logprob_lse_entropy(statistics_4C)
         loss_C, slope_C = row_losses(logprob_N[rows], fixed.at(rows), settings)
-        loss += (loss_C - settings.entropy_coefficient * entropy_C if settings.entropy_coefficient else loss_C).sum()
+        loss += (loss_C - settings.entropy_coefficient * entropy_C).sum()
         if not any(needs):
             continue
-        g_C = slope_C / (normalizer * temperature_C)
-        h_C = -settings.entropy_coefficient / (normalizer * temperature_C)
-        row_values_4C = torch.stack((entropy_C, g_C, torch.zeros_like(g_C), h_C))
-        dz_CV = logit_gradient(e_CV.div_(statistics_4C[1, :, None]), targets_N[rows], row_values_4C)
-        gradients.add(rows, x_CD, weight, dz_CV if squash_CV is None else dz_CV.mul_(squash_CV))
+        scale_C = 1 / (normalizer * temperature_N[rows])
+        if settings.entropy_coefficient:
+            h_C = -settings.entropy_coefficient * scale_C
+            row_values_4C = torch.stack((entropy_C, slope_C * scale_C, torch.zeros_like(h_C), h_C))
+            dz_CV = logit_gradient(e_CV.div_(statistics_4C[1, :, None]), targets_N[rows], row_values_4C)
+        else:  # p and its factor in one pass
+            g_C = slope_C * scale_C
+            dz_CV = e_CV.mul_((-g_C / statistics_4C[1])[:, None]).scatter_add_(1, targets_N[rows, None], g_C[:, None])
+        gradients.add(rows, dz_CV if squash_CV is None else dz_CV.mul_(squash_CV))
     return loss / normalizer, logprob_N, lse_N, *gradients.finished()
