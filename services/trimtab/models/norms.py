@@ -19,10 +19,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        unit = (wide * inverse).to(x.dtype)
+        unit, inverse = _normalized(x, epsilon)
         ctx.save_for_backward(unit, inverse, weight_D)
         return weight_D * unit
 
@@ -49,8 +46,18 @@ def shorten(model: torch.nn.Module) -> None:
             module.forward = partial(_forward, module, epsilon)  # type: ignore[method-assign]
 
 
+def _normalized(x: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x̂ and 1 / √(mean(x²) + ε)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return (wide * inverse).to(x.dtype), inverse
+
+
 def _forward(module: Any, epsilon: float, x: torch.Tensor) -> Any:
-    return RMSNormFunction.apply(x, module.weight, epsilon)
+    if torch.is_grad_enabled():
+        return RMSNormFunction.apply(x, module.weight, epsilon)
+    return module.weight * _normalized(x, epsilon)[0]
 
 
 @torch.no_grad()

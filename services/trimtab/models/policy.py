@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.models import attention, layouts, norms
+from trimtab.models import attention, layouts, norms, rotary
 from trimtab.models.folders import check_vocabulary, load_pretrained, max_length_of, save_pretrained
 from trimtab.models.packing import PackedBatch
 from trimtab.models.tokenizers import eos_token_ids, load_tokenizer, tokenizer_digest
@@ -39,6 +39,7 @@ class Policy:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         norms.shorten(model)
+        rotary.shorten(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.source = source

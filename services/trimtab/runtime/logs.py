@@ -9,6 +9,8 @@ from typing import Literal
 
 import structlog
 
+_TRACEBACKS = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)  # locals hold prompts
+
 
 def configure_logs(level: str = "info", log_format: Literal["auto", "json", "pretty"] = "auto") -> None:
     """Set up structlog, and the standard library's logging beneath it, for this process."""
@@ -19,9 +21,9 @@ def configure_logs(level: str = "info", log_format: Literal["auto", "json", "pre
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     renderers: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
         if pretty
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        else [structlog.processors.ExceptionRenderer(_TRACEBACKS), structlog.processors.JSONRenderer()]
     )
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

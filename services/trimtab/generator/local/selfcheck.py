@@ -12,9 +12,10 @@ log = get_logger(__name__)
 
 PROMPT_LENGTHS = (9, 3, 14)
 DECODE_STEPS = 4
-# Largest difference in float32; mean difference in half precision, whose rounding alone moves single values by 0.1.
+# Largest difference in float32; mean difference in half precision, where rounding alone moved it by 0.1 in a model
+# of 30 layers (SmolLM2-135M in bfloat16). A past that is read wrongly moves it by 1 and more.
 FLOAT32_TOLERANCE = 2e-3
-HALF_TOLERANCE = 5e-2
+HALF_TOLERANCE = 0.2
 
 
 def prepare(model: PreTrainedModel) -> None:
