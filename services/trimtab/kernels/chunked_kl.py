@@ -65,6 +65,7 @@ def kl_backward(
     hidden_ND, weight_VD, bias_V, _ = policy
     dtype = compute_dtype(hidden_ND)
     gradients = HeadGradients(hidden_ND, weight_VD, bias_V, needs)
+    weight = weight_VD.to(dtype)
     row_values_4N = over_temperature(row_values_5N, temperature_N)
     live = ((g_N != 0) | (u_N != 0) | (h_N != 0) | (k_N != 0)).nonzero()[:, 0]
     for chunk in row_chunks(len(live), weight_VD.shape[0], dtype, live_matrices=4):
@@ -77,7 +78,8 @@ def kl_backward(
         gap_CV = log_p_CV.clamp_(min=VANISHED).sub_(log_r_CV).sub_(kl_N[rows, None])
         pull_CV = torch.where(p_CV > 0, gap_CV.mul_(p_CV), 0).mul_((k_N / temperature_N)[rows, None])
         dz_CV = logit_gradient(p_CV, targets_N[rows], row_values_4N[:, rows]).add_(pull_CV)
-        gradients.add(rows, dz_CV if squash_CV is None else dz_CV.mul_(squash_CV))
+        x_CD = hidden_ND[rows].to(dtype)
+        gradients.add(rows, x_CD, weight, dz_CV if squash_CV is None else dz_CV.mul_(squash_CV))
     return gradients.finished()
 
 

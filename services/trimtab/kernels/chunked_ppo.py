@@ -50,7 +50,8 @@ def ppo(
     loss = hidden_ND.new_zeros((), dtype=dtype)
     gradients = HeadGradients(hidden_ND, weight_VD, bias_V, needs)
     for rows in row_chunks(len(targets_N), weight.shape[0], dtype):
-        z_CV, squash_CV = logits(hidden_ND[rows].to(dtype), weight, bias, softcap)
+        x_CD = hidden_ND[rows].to(dtype)
+        z_CV, squash_CV = logits(x_CD, weight, bias, softcap)
         z_CV.div_(temperature_N[rows, None])
         statistics_4C = z_CV.new_zeros((4, len(z_CV)))
         if settings.entropy_coefficient:
@@ -72,5 +73,5 @@ def ppo(
         else:  # p and its factor in one pass
             g_C = slope_C * scale_C
             dz_CV = e_CV.mul_((-g_C / statistics_4C[1])[:, None]).scatter_add_(1, targets_N[rows, None], g_C[:, None])
-        gradients.add(rows, dz_CV if squash_CV is None else dz_CV.mul_(squash_CV))
+        gradients.add(rows, x_CD, weight, dz_CV if squash_CV is None else dz_CV.mul_(squash_CV))
     return loss / normalizer, logprob_N, lse_N, *gradients.finished()

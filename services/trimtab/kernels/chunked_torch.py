@@ -73,13 +73,14 @@ def head_backward(
     gradients = HeadGradients(hidden_ND, weight_VD, bias_V, needs)
     for chunk in row_chunks(len(live), weight.shape[0], dtype):
         rows = live[chunk]
+        x_CD = hidden_ND[rows].to(dtype)
         if kept_NV.numel():
             p_CV, squash_CV = kept_NV[rows], squash_NV[rows] if squash_NV.numel() else None
         else:
-            z_CV, squash_CV = logits(hidden_ND[rows].to(dtype), weight, bias, softcap)
+            z_CV, squash_CV = logits(x_CD, weight, bias, softcap)
             p_CV = z_CV.div_(temperature_N[rows, None]).sub_(lse_N[rows, None]).exp_()
         dz_CV = logit_gradient(p_CV, targets_N[rows], row_values_4N[:, rows])
-        gradients.add(rows, dz_CV if squash_CV is None else dz_CV.mul_(squash_CV))
+        gradients.add(rows, x_CD, weight, dz_CV if squash_CV is None else dz_CV.mul_(squash_CV))
     return gradients.finished()
 
 
@@ -109,43 +110,32 @@ def logits_backward(
 
 
 class HeadGradients:
-    """Adds up the gradients of a head row chunk by row chunk, in the compute dtype.
-
-    Where hidden states and weight are bfloat16, so are the operands of both products, as on a GPU: twice the rate on
-    CPUs that have it, for a rounding of dz by 2⁻⁹.
-    """
+    """Adds up the gradients of a head row chunk by row chunk, in the compute dtype; one rounding at the end."""
 
     def __init__(
         self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, needs: Sequence[bool]
     ) -> None:
         dtype = compute_dtype(hidden_ND)
-        self._hidden_ND, self._weight_VD = hidden_ND, weight_VD
-        self._bias_dtype = hidden_ND.dtype if bias_V is None else bias_V.dtype
-        half = hidden_ND.dtype == weight_VD.dtype == torch.bfloat16
-        self._operand_dtype = torch.bfloat16 if half else dtype
+        self._dtypes = (hidden_ND.dtype, weight_VD.dtype, hidden_ND.dtype if bias_V is None else bias_V.dtype)
         nothing = [hidden_ND.new_empty(0, dtype=dtype) for _ in range(3)]
         self._dhidden_ND = torch.zeros_like(hidden_ND) if needs[0] else nothing[0]
         self._dweight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs[1] else nothing[1]
         self._dbias_V = torch.zeros_like(bias_V, dtype=dtype) if needs[2] and bias_V is not None else nothing[2]
 
-    def add(self, rows: torch.Tensor | slice, dz_CV: torch.Tensor) -> None:
-        """Add what the bare logits' gradient of some rows gives."""
-        if self._dbias_V.numel():
-            self._dbias_V += dz_CV.sum(0)
-        dtype = self._operand_dtype
-        dz_CV = dz_CV.to(dtype)
+    def add(self, rows: torch.Tensor | slice, x_CD: torch.Tensor, weight: torch.Tensor, dz_CV: torch.Tensor) -> None:
+        """Add what the bare logits' gradient of some rows gives; all three in the compute dtype."""
         with torch.autocast(dz_CV.device.type, enabled=False):
             if self._dhidden_ND.numel():
-                self._dhidden_ND[rows] = (dz_CV @ self._weight_VD.to(dtype)).to(self._dhidden_ND.dtype)
-            if self._dweight_VD.numel() and dtype == self._dweight_VD.dtype:
-                self._dweight_VD.addmm_(dz_CV.T, self._hidden_ND[rows].to(dtype))
-            elif self._dweight_VD.numel():
-                self._dweight_VD += dz_CV.T @ self._hidden_ND[rows]
+                self._dhidden_ND[rows] = (dz_CV @ weight).to(self._dhidden_ND.dtype)
+            if self._dweight_VD.numel():
+                self._dweight_VD.addmm_(dz_CV.T, x_CD)
+        if self._dbias_V.numel():
+            self._dbias_V += dz_CV.sum(0)
 
     def finished(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of hidden states, weight and bias, in the dtypes of what they belong to."""
-        hidden = self._dhidden_ND.to(self._hidden_ND.dtype)
-        return hidden, self._dweight_VD.to(self._weight_VD.dtype), self._dbias_V.to(self._bias_dtype)
+        hidden, weight, bias = self._dtypes
+        return self._dhidden_ND.to(hidden), self._dweight_VD.to(weight), self._dbias_V.to(bias)
 
 
 def chunk_statistics(z_CV: torch.Tensor, targets_C: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
