@@ -76,10 +76,12 @@ def head_backward(
         x_CD = hidden_ND[rows].to(dtype)
         if kept_NV.numel():
             p_CV, squash_CV = kept_NV[rows], squash_NV[rows] if squash_NV.numel() else None
+            log_p_CV = None
         else:
             z_CV, squash_CV = logits(x_CD, weight, bias, softcap)
-            p_CV = z_CV.div_(temperature_N[rows, None]).sub_(lse_N[rows, None]).exp_()
-        dz_CV = logit_gradient(p_CV, targets_N[rows], row_values_4N[:, rows])
+            log_p_CV = z_CV.div_(temperature_N[rows, None]).sub_(lse_N[rows, None])
+            p_CV = log_p_CV.exp()
+        dz_CV = logit_gradient(p_CV, targets_N[rows], row_values_4N[:, rows], log_p_CV)
         gradients.add(rows, x_CD, weight, dz_CV if squash_CV is None else dz_CV.mul_(squash_CV))
     return gradients.finished()
 
@@ -156,12 +158,18 @@ def shift_by_maximum(z_CV: torch.Tensor, targets_C: torch.Tensor) -> tuple[torch
     return m_C, torch.where(here_C, target_C, -torch.inf)
 
 
-def logit_gradient(p_CV: torch.Tensor, targets_C: torch.Tensor, row_values_4C: torch.Tensor) -> torch.Tensor:
-    """g(1[j=y] − p) + u p − h p (log p + H), written over `p_CV`; `row_values_4C` is H, g, u, h."""
+def logit_gradient(
+    p_CV: torch.Tensor, targets_C: torch.Tensor, row_values_4C: torch.Tensor, log_p_CV: torch.Tensor | None = None
+) -> torch.Tensor:
+    """g(1[j=y] − p) + u p − h p (log p + H), written over `p_CV`; `row_values_4C` is H, g, u, h.
+
+    `log_p_CV`, where it is at hand, is used up.
+    """
     entropy_C, g_C, u_C, h_C = row_values_4C
     bonus_CV = None
     if bool((h_C != 0).any()):
-        bonus_CV = torch.xlogy(p_CV, p_CV).addcmul_(entropy_C[:, None], p_CV).mul_(h_C[:, None])
+        log_p_CV = (p_CV.log() if log_p_CV is None else log_p_CV).clamp_(min=VANISHED)
+        bonus_CV = log_p_CV.add_(entropy_C[:, None]).mul_(p_CV).mul_(h_C[:, None])
     dz_CV = p_CV.mul_((u_C - g_C)[:, None])
     if bonus_CV is not None:
         dz_CV.sub_(bonus_CV)
