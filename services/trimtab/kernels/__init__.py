@@ -1,1 +1,1 @@
-"""Log-prob, entropy, log-sum-exp and KL straight from hidden states; one API, one file a backend."""
+"""Log-prob, entropy, KL and the PPO loss straight from hidden states; one API, a Triton and a chunked torch backend."""
