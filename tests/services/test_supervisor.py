@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,16 @@ def test_a_child_that_ignores_sigterm_is_killed_after_the_grace_period(tmp_path:
         began = time.monotonic()
     assert 0.3 <= time.monotonic() - began < 5
     assert supervisor.statuses()[0].message == "killed by SIGKILL"
+
+
+def test_what_stops_first_has_ended_before_the_others_are_asked(tmp_path: Path) -> None:
+    events: list[tuple[str, ProcessState]] = []
+    with Supervisor(policy=QUICK, grace_s=0.5, on_event=lambda e: events.append((e.name, e.state))) as supervisor:
+        caller = replace(small(tmp_path, mode="stubborn", name="caller"), stops_first=True)
+        supervisor.add(small(tmp_path, name="server"), caller)
+        supervisor.wait_ready(timeout_s=30)
+    assert events.index(("caller", ProcessState.STOPPED)) < events.index(("server", ProcessState.STOPPING))
+    assert events[-1] == ("server", ProcessState.STOPPED)
 
 
 def test_what_a_dead_child_had_started_dies_with_it(tmp_path: Path) -> None:

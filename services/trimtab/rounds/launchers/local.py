@@ -50,6 +50,7 @@ class Supervisor:
         self._processes: dict[str, SupervisedProcess] = {}
         self._changed = threading.Condition()
         self._closing = False
+        self._stop_grace_s: float | None = None
         self._crash: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
@@ -135,10 +136,16 @@ class Supervisor:
     def request_stop(self, grace_s: float | None = None) -> None:
         """What `stop` does, without waiting; asked again with 0 it kills at once."""
         with self._changed:
-            self._closing = True
-            for process in self._processes.values():
-                process.request_stop(grace_s)
+            self._closing, self._stop_grace_s = True, grace_s
+            self._ask_to_stop()
             self._changed.notify_all()
+
+    def _ask_to_stop(self) -> None:
+        """Ask those that stop first while there are any, then the others; with grace 0 all at once."""
+        going = [process for process in self._processes.values() if process.state not in ENDED]
+        first = [process for process in going if process.spec.stops_first]
+        for process in going if self._stop_grace_s == 0 else first or going:
+            process.request_stop(self._stop_grace_s)
 
     def _join(self) -> None:
         if self._thread.is_alive():
@@ -160,6 +167,8 @@ class Supervisor:
                     processes = list(self._processes.values())
                     if self._closing and all(process.state in ENDED for process in processes):
                         return
+                    if self._closing:
+                        self._ask_to_stop()
                 for process in processes:
                     process.tick()
                 self._wait_for_change()

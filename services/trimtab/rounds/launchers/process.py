@@ -47,8 +47,8 @@ class ProcessSpec:
     """A process to run and how to see that it serves.
 
     `health_service` is the name asked of grpc.health.v1, without TLS, at `health_address` (`address` if empty);
-    both are "host:port". `env` is laid over
-    the environment of the supervisor. stdout and stderr are appended to `log_path`.
+    both are "host:port". `env` is laid over the environment of the supervisor. stdout and stderr are appended to
+    `log_path`. One that `stops_first` calls others while it drains: they are stopped once it has ended.
     """
 
     name: str
@@ -58,6 +58,7 @@ class ProcessSpec:
     log_path: Path
     env: Mapping[str, str] = field(default_factory=dict)
     health_address: str = ""
+    stops_first: bool = False
 
 
 @dataclass(frozen=True)

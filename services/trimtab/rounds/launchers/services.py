@@ -107,4 +107,5 @@ def service_process(
         health_service=service.health_service,
         log_path=folder / f"{name}.log",
         env=thread_environment(threads) | {"PYTHONUNBUFFERED": "1"} | dict(env or {}),
+        stops_first=kind == "trainer",
     )
