@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from trimtab.kernels.chunked_torch import over_temperature
-from trimtab.kernels.triton_tile import HeadOperands, capped_logits, grouped_tile, launch, product, tiles
+from trimtab.kernels.triton_tile import ROW_ARGUMENTS, HeadOperands, capped_logits, grouped_tile, launch, product, tiles
 
 SCRATCH_BYTES = 512 << 20
 """Of dz and the float32 gradient of the hidden states together; at least `MIN_COLUMNS` go into a chunk."""
@@ -30,7 +30,7 @@ def logit_gradient(z_nv, is_target_nv, lse_n, entropy_n, g_n, u_n, h_n):
     return tl.where(p_nv == 0.0, 0.0, p_nv * slope_nv) + tl.where(is_target_nv, g_n[:, None], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def head_gradient_kernel(
     x_ND, w_VD, bias_ptr, N, V, D, target_ptr, inverse_temperature_ptr, row_values_ptr, dz_ptr, row_tiles, group,
     SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,

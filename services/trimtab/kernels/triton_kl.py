@@ -17,7 +17,7 @@ from trimtab.kernels.chunked_kl import Head
 from trimtab.kernels.chunked_torch import over_temperature
 from trimtab.kernels.triton_backward import ColumnGradients, logit_gradient
 from trimtab.kernels.triton_stats import merged, tile_sums
-from trimtab.kernels.triton_tile import launch, product, tiles
+from trimtab.kernels.triton_tile import ROW_ARGUMENTS, launch, product, tiles
 
 BLOCK_V = 4096
 WARPS = 8
@@ -62,7 +62,7 @@ def row_statistics(
     return m_n + tl.log(s_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def kl_kernel(
     policy_ptr, reference_ptr, policy_bias_ptr, reference_bias_ptr, target_ptr, inverse_temperature_ptr,
     policy_out_ptr, reference_out_ptr, kl_ptr, N, V,
@@ -101,7 +101,7 @@ def kl_kernel(
     tl.store(kl_ptr + row + tl.arange(0, 1), kl_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def kl_gradient_kernel(
     policy_ptr, reference_ptr, policy_bias_ptr, reference_bias_ptr, target_ptr, inverse_temperature_ptr,
     row_values_ptr, kl_values_ptr, dz_ptr, N, V, column_tiles,

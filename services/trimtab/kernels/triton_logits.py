@@ -9,13 +9,13 @@ import triton.language as tl
 from trimtab.kernels.chunked_torch import over_temperature
 from trimtab.kernels.triton_backward import logit_gradient
 from trimtab.kernels.triton_stats import merged, tile_sums
-from trimtab.kernels.triton_tile import launch, tiles
+from trimtab.kernels.triton_tile import ROW_ARGUMENTS, launch, tiles
 
 BLOCK_V = 4096
 WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def logit_statistics_kernel(
     logits_ptr, target_ptr, inverse_temperature_ptr, out_ptr, N, V, row_stride,
     BLOCK_V: tl.constexpr,
@@ -43,7 +43,7 @@ def logit_statistics_kernel(
     tl.store(out_ptr + 3 * N + row + one, t_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def logit_gradient_kernel(
     logits_ptr, target_ptr, inverse_temperature_ptr, row_values_ptr, dz_ptr, N, V, row_stride, column_tiles,
     BLOCK_V: tl.constexpr,

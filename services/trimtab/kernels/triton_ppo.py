@@ -22,7 +22,7 @@ from trimtab.kernels.ppo_terms import PpoSettings, RowTargets, row_losses
 from trimtab.kernels.statistics import logprob_lse_entropy
 from trimtab.kernels.triton_backward import head_backward
 from trimtab.kernels.triton_stats import head_forward, head_statistics
-from trimtab.kernels.triton_tile import HeadOperands, capped_logits, grouped_tile, launch, product, tiles
+from trimtab.kernels.triton_tile import ROW_ARGUMENTS, HeadOperands, capped_logits, grouped_tile, launch, product, tiles
 
 SCRATCH_BYTES = 1 << 30
 """Of a row chunk's E; its live rows are copied once more where not all are live."""
@@ -31,7 +31,7 @@ WEIGHT_ROWS = 16384
 TRUSTED = 2.0**64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def exponentials_kernel(
     x_ND, w_VD, bias_ptr, N, V, D, target_ptr, inverse_temperature_ptr, hint_ptr, e_ptr, sums_ptr, t_ptr, row_tiles,
     group, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trimtab.kernels.triton_tile import HeadOperands, capped_logits, grouped_tile, launch, tiles
+from trimtab.kernels.triton_tile import ROW_ARGUMENTS, HeadOperands, capped_logits, grouped_tile, launch, tiles
 
 SPLITS = 16
 MERGE_ROWS = 256
@@ -42,7 +42,7 @@ def tile_sums(z_nv):
     return m_n, tl.sum(e_nv, 1), tl.sum(tl.where(e_nv > 0.0, e_nv * dz_nv, 0.0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def head_statistics_kernel(
     x_ND, w_VD, bias_ptr, N, V, D, target_ptr, inverse_temperature_ptr, partial_ptr, split_width, row_tiles, group,
     SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -77,7 +77,7 @@ def head_statistics_kernel(
     tl.store(out_ptr + 3 * N, t_n, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_ARGUMENTS)
 def merge_kernel(partial_ptr, out_ptr, N, splits, BLOCK_N: tl.constexpr):
     """Merges partial[splits, 4, N] in order into out[4, N]."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

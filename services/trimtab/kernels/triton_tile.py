@@ -21,6 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROW_GROUP_BYTES = 24 << 20  # hidden states of the row tiles that run side by side; they should stay in the L2 cache
+ROW_ARGUMENTS = ("N", "row_tiles", "group")
+"""Kernels are not compiled anew for special values of these: rows would get other code, and bits, by their number."""
 _interpreter = threading.Lock()  # Triton's interpreter serves one thread at a time
 
 
