@@ -4,7 +4,7 @@
     python -m benchmarks.reward_training --peer-python ~/trl-env/bin/python --dtypes bfloat16
 
 It prints comparisons (pairs) a second of TRL, of trimtab, and of trimtab with the prompt computed anew for each
-response. A step takes the pairs of 8 rankings of 9; TRL sees them as 288 pairs, we as 72 responses. All sides must agree on the
+response. A step takes the pairs of 8 rankings of 9: 288 pairs for TRL, 72 responses for us. All sides must agree on the
 loss of the first step. Figures hold for a quiet machine only: it waits until others are quiet and says what it saw.
 """
 

@@ -39,6 +39,7 @@ def main() -> None:
     from trimtab.trainer.forward import prepare_for_training
     from trimtab.trainer.optimizer import MasterWeightOptimizer, masters_of
     from trimtab.trainer.reward_loss import accumulate_pair_loss
+    from trimtab.trainer.side_by_side import SideBySide
     from trimtab.trainer.stages import OptimizerConfig, StageConfig
 
     torch.set_num_threads(args.threads)
@@ -54,11 +55,12 @@ def main() -> None:
     masters = masters_of(model.model, args.dtype)
     prepare_for_training(model.model, activation_checkpointing=False)
     optimizer = MasterWeightOptimizer(model.model, OptimizerConfig(learning_rate=9e-6), masters)
+    side_by_side = SideBySide("cpu", args.threads)
     started, cpu_before = time.perf_counter(), time.process_time()
     ends, losses = [started], []
     for first in range(0, len(rankings), args.sets_per_step):
         batch = rankings[first : first + args.sets_per_step]
-        losses.append(accumulate_pair_loss(model, batch, stage.micro_batch_tokens, optimizer).loss)
+        losses.append(accumulate_pair_loss(model, batch, stage.micro_batch_tokens, optimizer, side_by_side).loss)
         optimizer.step(9e-6)
         ends.append(time.perf_counter())
     result = {
@@ -68,6 +70,7 @@ def main() -> None:
         "cores_used": (time.process_time() - cpu_before) / (ends[-1] - started),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+    side_by_side.close()
     args.out.write_text(json.dumps(result, indent=1))
 
 

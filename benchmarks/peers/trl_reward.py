@@ -77,9 +77,7 @@ def main() -> None:
             model=AutoModelForSequenceClassification.from_pretrained(args.model_dir, dtype=torch.float32),
             args=config,
             processing_class=AutoTokenizer.from_pretrained(args.model_dir),
-            train_dataset=Dataset.from_dict(
-                {"chosen_ids": [a for a, _ in pairs], "rejected_ids": [b for _, b in pairs]}
-            ),
+            train_dataset=Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected}),
             callbacks=[Clock()],
         )
         started, cpu_before = time.perf_counter(), time.process_time()

@@ -7,6 +7,7 @@ each micro-batch are added up in float32, the step is taken on the masters and r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,6 +75,14 @@ class MasterWeightOptimizer:
             else:
                 master.grad.add_(parameter.grad)
             parameter.grad = None
+
+    def add(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Add gradients that came apart from the parameters, one a parameter, onto the masters in their dtype."""
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            if master.grad is None:
+                master.grad = gradient.to(master.dtype)
+            else:
+                master.grad.add_(gradient)
 
     def step(self, learning_rate: float) -> float:
         """Clip, step, round into the model, clear gradients; returns the gradient's norm before clipping.

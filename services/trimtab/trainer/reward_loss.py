@@ -16,6 +16,10 @@ from trimtab.trainer.data import TokenizedRanking
 from trimtab.trainer.forward import negative_log_sigmoid
 from trimtab.trainer.optimizer import MasterWeightOptimizer
 from trimtab.trainer.rankings import forward_tokens, plan_ranking_batches, score_rankings, untied_pairs
+from trimtab.trainer.side_by_side import SideBySide
+
+SIDE_BY_SIDE_TOKENS = 2048
+"""Most tokens of a micro-batch where two run at a time: more make a core no faster, and small ones share out evenly."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +39,62 @@ def ranking_loss(scores_K: torch.Tensor, ranks_K: np.ndarray) -> tuple[torch.Ten
 
 
 def accumulate_pair_loss(
-    model: ScalarModel, batch: Sequence[TokenizedRanking], micro_batch_tokens: int, optimizer: MasterWeightOptimizer
+    model: ScalarModel,
+    batch: Sequence[TokenizedRanking],
+    micro_batch_tokens: int,
+    optimizer: MasterWeightOptimizer,
+    side_by_side: SideBySide | None = None,
 ) -> BatchLoss:
-    """Gradients of the mean loss over the batch's prompts (weight 1 each), added up in the optimizer."""
-    total_loss = total_accuracy = 0.0
+    """Gradients of the mean loss over the batch's prompts (weight 1 each), added up in the optimizer.
+
+    With `side_by_side` every second micro-batch goes another way at the same time; both ways' sums are added in a fixed
+    order, so the result depends on the number of threads and on nothing else.
+    """
+    ways = side_by_side or SideBySide()
     sizes = [forward_tokens(model, ranking) for ranking in batch]
-    for micro in plan_ranking_batches(sizes, micro_batch_tokens):
+    if ways.splits:
+        micro_batch_tokens = min(micro_batch_tokens, SIDE_BY_SIDE_TOKENS, -(-sum(sizes) // 4))
+    plan = plan_ranking_batches(sizes, micro_batch_tokens)
+    first, second = (plan[::2], plan[1::2]) if ways.splits else (plan, [])
+    halves = ways.run(
+        lambda: _gradients(model, batch, first, optimizer), lambda: _gradients(model, batch, second, optimizer)
+    )
+    for half in halves:
+        if half.gradients:
+            optimizer.add(half.gradients)
+    return BatchLoss(sum(half.loss for half in halves), sum(half.accuracy for half in halves))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What some micro-batches add to the loss, the accuracy and the gradients of a batch; no gradients from none."""
+
+    loss: float
+    accuracy: float
+    gradients: list[torch.Tensor]
+
+
+def _gradients(
+    model: ScalarModel,
+    batch: Sequence[TokenizedRanking],
+    plan: Sequence[Sequence[int]],
+    optimizer: MasterWeightOptimizer,
+) -> _Part:
+    loss = accuracy = 0.0
+    total: list[torch.Tensor] = []
+    for micro in plan:
         rankings = [batch[i] for i in micro]
         results = [
             ranking_loss(scores_K, ranking.ranks_K)
             for scores_K, ranking in zip(score_rankings(model, rankings), rankings, strict=True)
         ]
-        loss = torch.stack([result[0] for result in results]).sum() / len(batch)
-        loss.backward()
-        optimizer.accumulate()
-        total_loss += float(loss.detach())
-        total_accuracy += sum(result[1] for result in results) / len(batch)
-    return BatchLoss(total_loss, total_accuracy)
+        part = torch.stack([result[0] for result in results]).sum() / len(batch)
+        gradients = torch.autograd.grad(part, optimizer.parameters, materialize_grads=True)
+        if not total:
+            total = [g.to(master.dtype) for g, master in zip(gradients, optimizer.masters, strict=True)]
+        else:
+            for sum_, gradient in zip(total, gradients, strict=True):
+                sum_.add_(gradient)
+        loss += float(part.detach())
+        accuracy += sum(result[1] for result in results) / len(batch)
+    return _Part(loss, accuracy, total)

@@ -8,6 +8,7 @@ score mean 0 and deviation 1 on reference samples. The loss is in `reward_loss`,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 
 import numpy as np
@@ -33,6 +34,7 @@ from trimtab.trainer.reward_plots import write_report
 from trimtab.trainer.reward_report import RewardReport, make_report, score_held_out
 from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.sft import load_policy, tell_what_was_cut
+from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import RewardModelConfig
 from trimtab_client import GeneratorClient, ModelVersion, Sampling
 
@@ -59,7 +61,10 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
         lineage = {"stage": "reward_model", "data": config.data, "start": stage.model}
         return context.publish(model, "reward", step, lineage=lineage, metrics=metrics)
 
-    with MetricWriter(context.run, context.folder) as writer:
+    with (
+        MetricWriter(context.run, context.folder) as writer,
+        closing(SideBySide(context.device, context.threads)) as side_by_side,
+    ):
         step, loss = 0, float("nan")
         for _ in range(config.epochs):
             permutation = order.permutation(len(train))
@@ -67,7 +72,7 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
                 rate = learning_rate(stage.optimizer, step, total_steps)
                 batch = [train[i] for i in permutation[start : start + config.batch_prompts]]
                 context.run.doing("training")
-                result = accumulate_pair_loss(model, batch, stage.micro_batch_tokens, optimizer)
+                result = accumulate_pair_loss(model, batch, stage.micro_batch_tokens, optimizer, side_by_side)
                 norm, loss = optimizer.step(rate), result.loss
                 step += 1
                 metrics = {"loss": loss, "pair_accuracy": result.accuracy}

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from trimtab.trainer.reward_report import HeldOutScores, RewardReport
+from trimtab.trainer.reward_report import Accuracy, HeldOutScores, RewardReport
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "0.55"
 LENGTH_BINS = 12
+TITLE_SIZE = 8.5
 
 
 def write_report(report: RewardReport, held_out: HeldOutScores, folder: Path, *, mean: float, std: float) -> None:
@@ -29,7 +30,7 @@ def write_report(report: RewardReport, held_out: HeldOutScores, folder: Path, *,
 
 
 def _figure(path: Path, draw: Callable[[Axes], None]) -> None:
-    figure, axes = plt.subplots(figsize=(5.0, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(color=GREY)
     draw(axes)
@@ -54,13 +55,16 @@ def _calibration(axes: Axes, report: RewardReport) -> None:
         xlim=(0.49, 1.01),
         ylim=(bottom, 1.02),
     )
-    accuracy = report.accuracy
-    axes.set_title(
-        f"Pair accuracy {accuracy.share:.1%} ({accuracy.low:.1%} to {accuracy.high:.1%}), "
-        f"calibration error {report.calibration_error:.3f}",
-        fontsize=9.5,
-    )
+    lines = [f"Pair accuracy {_interval(report.accuracy)}, calibration error {report.calibration_error:.3f}"]
+    if report.training_labelers and report.held_out_labelers:
+        known, new = _interval(report.training_labelers), _interval(report.held_out_labelers)
+        lines.append(f"labelers of the training rows {known}, others {new}")
+    axes.set_title("\n".join(lines), fontsize=TITLE_SIZE)
     axes.legend(frameon=False, loc="upper left", fontsize=8.5)
+
+
+def _interval(accuracy: Accuracy) -> str:
+    return f"{accuracy.share:.1%} ({accuracy.low:.1%} to {accuracy.high:.1%})"
 
 
 def _length(axes: Axes, report: RewardReport, normalized_B: np.ndarray, tokens_B: np.ndarray) -> None:
@@ -77,11 +81,11 @@ def _length(axes: Axes, report: RewardReport, normalized_B: np.ndarray, tokens_B
     axes.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
     axes.set(xlabel="length of the answer, tokens", ylabel="normalised score")
     axes.set_title(
-        f"Correlation with length {report.length_correlation:+.2f}; the longer of two preferred by people "
-        f"{report.longer_preferred_by_people:.0%}, by the model {report.longer_preferred_by_model:.0%}",
-        fontsize=8.5,
+        f"Correlation of score and length {report.length_correlation:+.2f}\nthe longer of two answers is preferred by "
+        f"people in {report.longer_preferred_by_people:.0%}, by the model in {report.longer_preferred_by_model:.0%}",
+        fontsize=TITLE_SIZE,
     )
-    legend = axes.legend(frameon=False, loc="best", fontsize=8.5)
+    legend = axes.legend(loc="lower right", fontsize=8.5, framealpha=0.85, edgecolor="none")
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)

@@ -30,6 +30,11 @@ class SideBySide:
         if shares:
             _take_threads(threads)
 
+    @property
+    def splits(self) -> bool:
+        """Whether two functions really run at the same time."""
+        return bool(self._lanes)
+
     def run(self, first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
         """Both results, once both have ended; raises what the first, or else the second, raised."""
         if not self._lanes:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from trimtab.trainer.data import TokenizedRanking, TokenSequence
 from trimtab.trainer.optimizer import MasterWeightOptimizer
 from trimtab.trainer.rankings import plan_ranking_batches, score_rankings, untied_pairs
 from trimtab.trainer.reward_loss import accumulate_pair_loss, ranking_loss
+from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import OptimizerConfig
 
 
@@ -70,6 +72,22 @@ def test_gradients_do_not_depend_on_micro_batches(tiny_folder):
     assert loss_a == pytest.approx(loss_b, rel=1e-6)
     for a, b in zip(grads_a, grads_b, strict=True):
         assert float((a - b).norm()) <= 1e-5 * float(b.norm()) + 1e-9
+
+
+def test_two_ways_at_a_time_give_the_gradients_of_one_and_the_same_again(tiny_folder):
+    def gradients(ways):
+        model = ScalarModel.from_policy(Policy.load(str(tiny_folder)), seed=0)
+        optimizer = MasterWeightOptimizer(model.model, OptimizerConfig())
+        result = accumulate_pair_loss(model, rankings(9), 100_000, optimizer, ways)
+        return result, torch.cat([p.grad.flatten() for p in model.model.parameters()])
+
+    with closing(SideBySide("cpu", threads=2)) as both:
+        (result, grads), (again, grads_again) = gradients(both), gradients(both)
+    expected, expected_grads = gradients(None)
+    assert torch.equal(grads, grads_again) and result == again
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert result.accuracy == pytest.approx(expected.accuracy)
+    assert float((grads - expected_grads).norm()) <= 1e-5 * float(expected_grads.norm())
 
 
 def test_micro_batches_keep_rankings_whole():
