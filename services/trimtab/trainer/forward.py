@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from trimtab.kernels.api import SelectedLogprobs, selected_logprobs
+from trimtab.kernels.api import PpoLoss, SelectedLogprobs, ppo_loss, selected_logprobs
+from trimtab.kernels.ppo_terms import PpoSettings
 from trimtab.models.errors import ModelLoadError
 from trimtab.models.packing import PackedBatch, pack, response_positions
-from trimtab.models.policy import Policy
+from trimtab.models.policy import LMHead, Policy
 from trimtab.models.scalar_head import ScalarModel
 
 
@@ -82,16 +83,47 @@ def slice_batch(batch: TokenBatch, indices: Sequence[int], device: torch.device 
 
 def response_logprobs(policy: Policy, part: Slice, temperature: float = 1.0) -> SelectedLogprobs:
     """Log-prob, lse and entropy of each response token at `temperature`, [R]."""
-    hidden_ND = policy.hidden(part.packed)
-    head = policy.head
-    return selected_logprobs(
-        hidden_ND.index_select(0, part.positions_R),
+    hidden_RD, head = response_hidden(policy, part), policy.head
+    return selected_logprobs(hidden_RD, head.weight_VD, part.targets_R, **_head_options(head, temperature))
+
+
+def response_ppo_loss(
+    policy: Policy,
+    part: Slice,
+    old_R: torch.Tensor,
+    advantages_R: torch.Tensor,
+    weights_R: torch.Tensor,
+    old_lse_R: torch.Tensor,
+    *,
+    settings: PpoSettings,
+    normalizer: float,
+    temperature: float = 1.0,
+) -> PpoLoss:
+    """The PPO loss of the response tokens over `normalizer`, and their log-probs [R]; see `kernels.api.ppo_loss`."""
+    hidden_RD, head = response_hidden(policy, part), policy.head
+    return ppo_loss(
+        hidden_RD,
         head.weight_VD,
         part.targets_R,
-        temperature=temperature / head.scale,
-        bias=head.bias,
-        softcap=None if head.softcap is None else head.softcap / head.scale,
+        old_R,
+        advantages_R,
+        weights_N=weights_R,
+        hint_lse_N=old_lse_R,
+        settings=settings,
+        normalizer=normalizer,
+        **_head_options(head, temperature),
     )
+
+
+def response_hidden(policy: Policy, part: Slice) -> torch.Tensor:
+    """The hidden state that predicts each response token, [R, D]."""
+    return policy.hidden(part.packed).index_select(0, part.positions_R)
+
+
+def _head_options(head: LMHead, temperature: float) -> dict[str, Any]:
+    """Bias, soft-cap and temperature of logits that the head scales."""
+    softcap = None if head.softcap is None else head.softcap / head.scale
+    return {"temperature": temperature / head.scale, "bias": head.bias, "softcap": softcap}
 
 
 def response_values(value_model: ScalarModel, part: Slice) -> torch.Tensor:

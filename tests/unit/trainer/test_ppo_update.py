@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from trimtab.kernels.ppo_terms import PpoSettings, RowTargets, row_losses
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.trainer.forward import response_logprobs, response_values, slice_batch
 from trimtab.trainer.optimizer import MasterWeightOptimizer
 from trimtab.trainer.ppo.experience import Episode, episode_scores, gather_experience
-from trimtab.trainer.ppo.loss import importance_weights, policy_terms, value_terms
+from trimtab.trainer.ppo.loss import importance_weights, policy_statistics, value_terms
 from trimtab.trainer.ppo.prompts import PromptSampler, completion_seed
 from trimtab.trainer.ppo.update import PpoUpdate, rollout_metrics
 from trimtab.trainer.side_by_side import SideBySide
@@ -158,9 +159,10 @@ def test_policy_loss_by_hand():
     old = torch.zeros(4)
     logp = torch.tensor([1.5, 0.5, 1.0, 0.9]).log()
     advantages, weights = torch.tensor([1.0, 1.0, -2.0, -1.0]), torch.tensor([1.0, 2.0, 1.0, 1.0])
-    loss, statistics = policy_terms(logp, old, advantages, weights, 0.2)
+    losses, _ = row_losses(logp, RowTargets(old, advantages, weights, None), PpoSettings())
+    statistics = policy_statistics(logp, old, advantages, 0.2)
     # clipped at 1.2; 0.5 not clipped (min), weight 2; -2·1; -1·0.9
-    assert float(loss) == pytest.approx(-(1.2 + 2 * 0.5 - 2.0 - 0.9), rel=1e-6)
+    assert float(losses.sum()) == pytest.approx(-(1.2 + 2 * 0.5 - 2.0 - 0.9), rel=1e-6)
     assert statistics["clipped_policy"] == 1 and statistics["ratio_max"] == pytest.approx(1.5)
 
 

@@ -1,4 +1,7 @@
-"""The PPO loss of some response tokens: sums, so that micro-batches add up to the minibatch's mean exactly."""
+"""What the PPO loss needs beside the policy's own term, which `kernels.ppo_terms` has.
+
+Sums over response tokens, so that micro-batches add up to the minibatch's mean exactly.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,20 @@ def importance_weights(old_R: torch.Tensor, behaviour_R: torch.Tensor, cap: floa
     return torch.exp(old_R - behaviour_R).clamp(max=cap)
 
 
-def policy_terms(
-    logprobs_R: torch.Tensor,
-    old_R: torch.Tensor,
-    advantages_R: torch.Tensor,
-    weights_R: torch.Tensor,
-    clip_range: float,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Σ −w·min(ratio·A, clip(ratio, 1 ± ε)·A) (PPO, eq. 7), and sums of ratio, approx_kl (k3) and clipping."""
+@torch.no_grad()
+def policy_statistics(
+    logprobs_R: torch.Tensor, old_R: torch.Tensor, advantages_R: torch.Tensor, clip_range: float
+) -> dict[str, float]:
+    """Sums over response tokens of ratio, approx_kl (k3) and clipping, and the largest ratio."""
     log_ratio_R = logprobs_R - old_R
     ratio_R = log_ratio_R.exp()
     clipped_R = ratio_R.clamp(1 - clip_range, 1 + clip_range)
-    surrogate_R = torch.minimum(ratio_R * advantages_R, clipped_R * advantages_R)
-    with torch.no_grad():
-        statistics = {
-            "ratio": float(ratio_R.sum()),
-            "ratio_max": float(ratio_R.max()),
-            "approx_kl": float((torch.expm1(log_ratio_R) - log_ratio_R).sum()),
-            "clipped_policy": float((clipped_R * advantages_R < ratio_R * advantages_R).sum()),
-        }
-    return -(weights_R * surrogate_R).sum(), statistics
+    return {
+        "ratio": float(ratio_R.sum()),
+        "ratio_max": float(ratio_R.max()),
+        "approx_kl": float((torch.expm1(log_ratio_R) - log_ratio_R).sum()),
+        "clipped_policy": float((clipped_R * advantages_R < ratio_R * advantages_R).sum()),
+    }
 
 
 def value_terms(

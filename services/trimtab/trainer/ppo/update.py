@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from trimtab.kernels import kl
+from trimtab.kernels.ppo_terms import PpoSettings
 from trimtab.models.packing import plan_batches
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
-from trimtab.trainer.forward import Slice, response_logprobs, response_values, slice_batch
+from trimtab.trainer.forward import Slice, response_logprobs, response_ppo_loss, response_values, slice_batch
 from trimtab.trainer.optimizer import MasterWeightOptimizer
 from trimtab.trainer.ppo.advantages import (
     explained_variance,
@@ -26,7 +27,7 @@ from trimtab.trainer.ppo.advantages import (
     whiten,
 )
 from trimtab.trainer.ppo.experience import Experience, episode_scores
-from trimtab.trainer.ppo.loss import importance_weights, policy_terms, value_terms
+from trimtab.trainer.ppo.loss import importance_weights, policy_statistics, value_terms
 from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import PpoConfig
 
@@ -38,11 +39,13 @@ class Targets:
     """What the update holds fixed, flat over response tokens [R].
 
     Attributes:
-        old_R: log-probs by the policy as it is when the update starts (the proximal policy).
+        old_R, old_lse_R: log-probs, and the log-sum-exp in them, by the policy as it is when the update starts (the
+            proximal policy).
         weights_R: truncated importance weights, old against behaviour.
     """
 
     old_R: torch.Tensor
+    old_lse_R: torch.Tensor
     old_values_R: torch.Tensor
     advantages_R: torch.Tensor
     returns_R: torch.Tensor
@@ -85,7 +88,7 @@ class PpoUpdate:
         config = self.config
         parts = [part for minibatch in epoch for part in minibatch]
         dtype = torch.promote_types(self.policy.model.dtype, torch.float32)  # float64 only for float64 weights
-        (old_R, entropy_R), values_R = self.side_by_side.run(
+        (old_R, lse_R, entropy_R), values_R = self.side_by_side.run(
             lambda: self._old_logprobs(parts, torch.empty(len(experience.behaviour_R), dtype=dtype)),
             lambda: self._old_values(parts, torch.zeros(len(experience.behaviour_R), dtype=dtype)),
         )
@@ -100,6 +103,7 @@ class PpoUpdate:
             advantages_R = generalized_advantages(rewards_R, values_R, lengths_B, config.gamma, config.gae_lambda)
         return Targets(
             old_R=old_R,
+            old_lse_R=lse_R,
             old_values_R=values_R,
             advantages_R=whiten(advantages_R),
             returns_R=advantages_R + values_R,
@@ -165,14 +169,15 @@ class PpoUpdate:
         return [slice_batch(experience.tokens, [indices[i] for i in part], self.policy.device) for part in plan]
 
     @torch.no_grad()
-    def _old_logprobs(self, parts: Sequence[Slice], out_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs, written into `out_R`, and entropies."""
-        entropy_R = torch.empty_like(out_R)
+    def _old_logprobs(self, parts: Sequence[Slice], out_R: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Log-probs, written into `out_R`, log-sum-exps and entropies."""
+        lse_R, entropy_R = torch.empty_like(out_R), torch.empty_like(out_R)
         for part in parts:
             selected = response_logprobs(self.policy, part, self.config.temperature)
             where = part.flat_R.cpu()
-            out_R[where], entropy_R[where] = selected.logprob_N.cpu(), selected.entropy_N.cpu()
-        return out_R, entropy_R
+            for all_R, part_R in zip((out_R, lse_R, entropy_R), selected, strict=True):
+                all_R[where] = part_R.cpu()
+        return out_R, lse_R, entropy_R
 
     @torch.no_grad()
     def _old_values(self, parts: Sequence[Slice], out_R: torch.Tensor) -> torch.Tensor:
@@ -195,17 +200,30 @@ class PpoUpdate:
         tokens = _token_count(minibatch)
         names = ("loss_policy", "ratio", "approx_kl", "clipped_policy", "ratio_max")
         sums: dict[str, float] = dict.fromkeys(names, 0.0)
+        settings = PpoSettings(
+            clip_low=config.clip_range, clip_high=config.clip_range, entropy_coefficient=config.entropy_coefficient
+        )
         for part in minibatch:
+            old_R, lse_R, advantages_R, weights_R = _at(
+                part, targets.old_R, targets.old_lse_R, targets.advantages_R, targets.weights_R
+            )
             with torch.set_grad_enabled(move_policy):
-                selected = response_logprobs(self.policy, part, config.temperature)
-                fixed = _at(part, targets.old_R, targets.advantages_R, targets.weights_R)
-                loss, statistics = policy_terms(selected.logprob_N, *fixed, clip_range=config.clip_range)
-                sums["loss_policy"] += float(loss.detach())
-                if config.entropy_coefficient:
-                    loss = loss - config.entropy_coefficient * selected.entropy_N.sum()
+                loss, logprobs_R, _ = response_ppo_loss(
+                    self.policy,
+                    part,
+                    old_R,
+                    advantages_R,
+                    weights_R,
+                    lse_R,
+                    settings=settings,
+                    normalizer=tokens,
+                    temperature=config.temperature,
+                )
             if move_policy:
-                (loss / tokens).backward()
+                loss.backward()
                 self.policy_optimizer.accumulate()
+            sums["loss_policy"] += float(loss.detach()) * tokens
+            statistics = policy_statistics(logprobs_R, old_R, advantages_R, config.clip_range)
             sums["ratio_max"] = max(sums["ratio_max"], statistics.pop("ratio_max"))
             for name, value in statistics.items():
                 sums[name] += value
