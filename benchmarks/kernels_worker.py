@@ -6,10 +6,10 @@ python -m benchmarks.kernels_worker SIDE TASK ROWSxWIDTHxVOCAB DTYPE DEVICE REPE
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,7 +30,7 @@ def main(side: str, task: str, shape: Shape, dtype: torch.dtype, device: str, re
     step = step_of(side, task, inputs)
     if step is None:
         return {"missing": True}
-    before = _peak_bytes(device)
+    before = _start_peak(device)
     seconds = _median_seconds(step, device, repeats)
     flops = GEMMS[task] * 2 * shape.rows * shape.width * shape.vocab
     return {
@@ -65,13 +65,22 @@ def _copy_rate(device: str, repeats: int) -> float:
     return 2 * source.numel() / _median_seconds(lambda: target.copy_(source), device, repeats) / 1e9
 
 
-def _peak_bytes(device: str) -> int:
-    """On a GPU the peak since the last call, on a CPU that of the whole process."""
+def _start_peak(device: str) -> int:
+    """Begin a new peak; returns the bytes in use now."""
     if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS; Linux only
+        return _process_bytes("VmRSS")
     torch.cuda.reset_peak_memory_stats()
-    return peak
+    return torch.cuda.memory_allocated()
+
+
+def _peak_bytes(device: str) -> int:
+    return _process_bytes("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+
+
+def _process_bytes(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(name))
 
 
 def _error(result: Any, inputs: Inputs) -> float | None:
