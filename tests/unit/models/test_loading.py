@@ -12,6 +12,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    BloomForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -157,3 +160,15 @@ def test_a_classifier_with_two_labels_is_no_reward_model(folder, tmp_path):
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "two")
     with pytest.raises(ModelLoadError, match="2 labels"):
         ScalarModel.load(str(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+def test_a_model_that_would_mix_packed_sequences_is_refused(folder, kind):
+    shape = {"vocab_size": 23, "hidden_size": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5}
+    model = BloomForCausalLM(BloomConfig(**shape))
+    if kind == "reward":
+        model = BloomForSequenceClassification(BloomConfig(**shape, num_labels=1))
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    with pytest.raises(ModelLoadError, match="mixes sequences"):
+        (Policy if kind == "policy" else ScalarModel).load(str(folder))
