@@ -110,3 +110,14 @@ def test_any_shape_equals_plain_torch(rows, width, vocab, chunk, seed, softcap):
     want = oracle.selected(oracle.head_logits(hidden, weight, 0.6, softcap=softcap), targets)
     torch.testing.assert_close(tuple(ours), tuple(want), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradients, torch.autograd.grad(want, (hidden, weight), upstream), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("entropy_coefficient", [0.0, 0.1])
+def test_log_probs_of_the_ppo_loss_are_bitwise_those_of_the_old_pass(entropy_coefficient):
+    hidden, weight, bias, targets, temperature = tensors(33, 16, 1009, torch.float32)
+    fixed = {"bias": bias, "temperature": temperature}
+    selected = selected_logprobs(hidden, weight, targets, **fixed)
+    old = selected.logprob_N.detach()
+    options = PpoSettings(entropy_coefficient=entropy_coefficient)
+    result = ppo_loss(hidden, weight, targets, old, torch.randn(33), settings=options, **fixed)
+    assert torch.equal(result.logprob_N, old) and torch.equal(result.lse_N, selected.lse_N)
