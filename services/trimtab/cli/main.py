@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from trimtab import __version__
-from trimtab.cli import data, versions
+from trimtab.cli import data, rounds, versions
 from trimtab.cli.demo import demo
 from trimtab.cli.errors import exit_with
 from trimtab.cli.generate import generate
@@ -27,6 +27,7 @@ for command in (demo, up, serve, train, generate, score):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(versions.app, name="versions")
+app.add_typer(rounds.app, name="rounds")
 
 
 def _print_version(wanted: bool) -> None:

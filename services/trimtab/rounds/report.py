@@ -7,7 +7,6 @@ The folder holds everything the page shows, so it can be copied as it is; report
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from trimtab.rounds.evaluate import Interval, KlSummary, TextSummary
+from trimtab.rounds.markdown import quoted, table
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,9 @@ def _page(report: RoundReport) -> str:
         "\n\n".join(
             [
                 f"# {report.title}",
-                _table(("", ""), report.facts),
+                table(("", ""), report.facts),
                 "## Did it work?",
-                _table(
+                table(
                     ("promise", "measured", "held"),
                     [(b.promise, b.measured, "yes" if b.held else "**no**") for b in report.bars],
                 ),
@@ -183,12 +183,12 @@ def _page(report: RoundReport) -> str:
                 "in brackets the judge's probability that the text is positive.",
                 *(_sample(sample, comparison) for sample in report.samples),
                 "## Checkpoints",
-                _table(
+                table(
                     ("version", "digest", "what it is"),
                     [(f"`{v.version}`", f"`{v.digest[:23]}`", v.note) for v in report.versions],
                 ),
                 "## Time",
-                _table(("stage", "seconds"), [(name, f"{seconds:.0f}") for name, seconds in report.timings]),
+                table(("stage", "seconds"), [(name, f"{seconds:.0f}") for name, seconds in report.timings]),
             ]
         )
         + "\n"
@@ -218,39 +218,22 @@ def _policies(comparison: Comparison) -> str:
     note = (
         f"\n\n{openings} held-out openings, {samples} responses each; intervals are 95 %, bootstrapped over openings."
     )
-    return _table(("", before.name, after.name), rows) + note
+    return table(("", before.name, after.name), rows) + note
 
 
 def _accuracies(report: RoundReport) -> str:
     rows = [(accuracy.name, accuracy.interval.percent(), f"{accuracy.pairs:,}") for accuracy in report.accuracies]
     rows.append(("one rater against the mean of the others", report.rater_agreement.percent(), ""))
-    return _table(("held-out pairs ordered as people do", "share (95 % interval)", "untied pairs"), rows)
+    return table(("held-out pairs ordered as people do", "share (95 % interval)", "untied pairs"), rows)
 
 
 def _sample(sample: Sample, comparison: Comparison) -> str:
     lines = [
-        f"> **{_quoted(sample.opening)}**",
-        f"> *{comparison.before.name}* ({sample.judge_before:.2f}): {_quoted(sample.before)}",
-        f"> *{comparison.after.name}* ({sample.judge_after:.2f}): {_quoted(sample.after)}",
+        f"> **{quoted(sample.opening)}**",
+        f"> *{comparison.before.name}* ({sample.judge_before:.2f}): {quoted(sample.before)}",
+        f"> *{comparison.after.name}* ({sample.judge_after:.2f}): {quoted(sample.after)}",
     ]
     return "\n>\n".join(lines)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(
-        lines + ["| " + " | ".join(_flat(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
-    )
-
-
-def _flat(text: str) -> str:
-    """Text on one line."""
-    return " ".join(text.split())
-
-
-def _quoted(text: str) -> str:
-    """A model's text on one line, none of it read as Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]#|])", r"\\\1", _flat(text)).replace("<", "&lt;")
 
 
 def _numbers(report: RoundReport) -> dict:

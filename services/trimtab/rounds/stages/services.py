@@ -1,0 +1,78 @@
+"""The services of a run of rounds as local processes, each started when a stage first needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from trimtab.rounds.launchers.local import Supervisor
+from trimtab.rounds.launchers.services import service_process
+from trimtab_client import GeneratorClient, ModelVersion, RewardClient
+
+
+class RoundServices:
+    """Starts trainer, generator, reward and reference under a supervisor, and tells their addresses.
+
+    The reference serves the SFT policy and nothing else; generator and reward load what a stage asks for.
+    """
+
+    def __init__(
+        self, supervisor: Supervisor, folder: Path, store: Path, runs: Path, *, cores: int, keep_versions: int
+    ) -> None:
+        self._supervisor = supervisor
+        self._folder = folder
+        self._store = store
+        self._runs = runs
+        self._cores = cores
+        self._keep_versions = keep_versions
+        self._addresses: dict[str, str] = {}
+
+    def trainer(self) -> str:
+        """The trainer's address, with every core while it alone works."""
+        settings = {"folder": str(self._runs), "keep_versions": self._keep_versions}
+        self._start({"trainer": ("trainer", settings)}, threads=self._cores)
+        return self._addresses["trainer"]
+
+    def trainer_is_back(self) -> None:
+        """Return once a trainer that died serves again; LaunchError if it does not."""
+        self._supervisor.wait_ready("trainer")
+
+    def generator(self, version: ModelVersion) -> str:
+        """A generator that serves a policy."""
+        return self.generator_and_reference(version, None)[0]
+
+    def generator_and_reference(self, version: ModelVersion, reference: ModelVersion | None) -> tuple[str, str]:
+        """A generator that serves one policy, and the reference that serves another (SFT, always)."""
+        wanted = {"generator": ("generator", {"model": f"version:{version}"})}
+        if reference is not None:
+            wanted["reference"] = ("reference", {"model": f"version:{reference}"})
+        self._start(wanted)
+        with GeneratorClient(self._addresses["generator"]) as client:
+            client.load_version(version)
+        return self._addresses["generator"], self._addresses.get("reference", "")
+
+    def reward(self, version: ModelVersion) -> str:
+        """A reward service that serves a reward model."""
+        self._start({"reward": ("reward", {"model": f"version:{version}"})})
+        with RewardClient(self._addresses["reward"]) as client:
+            client.load_version(version)
+        return self._addresses["reward"]
+
+    def gold(self, source: str) -> str:
+        """A reward service of its own for a model that judges or labels."""
+        name = f"gold-{sum(known.startswith('gold-') for known in self._addresses) + 1}"
+        self._start({name: ("reward", {"model": source})})
+        return self._addresses[name]
+
+    def _start(self, wanted: Mapping[str, tuple[str, Mapping[str, object]]], *, threads: int = 1) -> None:
+        """Start what does not run yet, all at the same time, and wait until it serves."""
+        started = []
+        for name, (kind, settings) in wanted.items():
+            if name not in self._addresses:
+                values = {"store": str(self._store)} | dict(settings)
+                spec = service_process(kind, values, self._folder, threads=threads, name=name)
+                self._supervisor.add(spec)
+                self._addresses[name] = spec.address
+                started.append(name)
+        if started:
+            self._supervisor.wait_ready(*started)
