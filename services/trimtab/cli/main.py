@@ -8,6 +8,7 @@ import typer
 
 from trimtab import __version__
 from trimtab.cli import data, rounds, versions
+from trimtab.cli.compare import compare
 from trimtab.cli.demo import demo
 from trimtab.cli.errors import exit_with
 from trimtab.cli.generate import generate
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, up, serve, train, generate, score):
+for command in (demo, up, serve, train, generate, score, compare):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(versions.app, name="versions")

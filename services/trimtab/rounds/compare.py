@@ -10,26 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trimtab.rounds.evaluate import (
-    Interval,
-    KlSummary,
-    TextSummary,
-    bootstrap_mean,
-    kl_summary,
-    text_summary,
-    win_rate,
-)
-from trimtab_client import (
-    Completion,
-    GeneratorClient,
-    ModelVersion,
-    RaggedTokens,
-    ReferenceClient,
-    RewardClient,
-    Sampling,
-)
-
-SAMPLE_TIMEOUT_S = 900.0
+from trimtab.rounds.answers import draw
+from trimtab.rounds.evaluate import Interval, KlSummary, TextSummary, bootstrap_mean, win_rate
+from trimtab_client import GeneratorClient, ModelVersion, ReferenceClient, RewardClient, Sampling
 
 
 @dataclass(frozen=True)
@@ -101,31 +84,18 @@ def sample(
     sampling: Sampling,
 ) -> Samples:
     """Answers of one version to each opening, with the judge's and the reward model's word on them."""
-    digest = services.generator.load_version(version).tokenizer_digest
-    stream = services.generator.generate(list(openings), sampling, version=version, timeout_s=SAMPLE_TIMEOUT_S)
-    completions = sorted(stream, key=lambda completion: (completion.prompt_index, completion.sample_index))
-    shape = (len(openings), sampling.n)
-    prompts = [completion.prompt_index for completion in completions]
-    tokens = RaggedTokens.from_sequences(
-        [np.concatenate([c.prompt_token_ids, c.token_ids]) for c in completions],
-        prompt_lengths=[len(c.prompt_token_ids) for c in completions],
-    )
-    reference = services.reference.logprobs(tokens, digest, temperature=sampling.temperature).logprobs.split()
-    rewards = services.reward.score_tokens(tokens, digest).normalized_scores
-    log_odds_PS = judge([opening_and_answer(openings, completion) for completion in completions]).reshape(shape)
-    texts = [completion.text for completion in completions]
+    answers = draw(services.generator, version, openings, sampling)
+    kl, text = answers.against_reference(services.reference)
+    rewards = services.reward.score_tokens(answers.tokens, answers.tokenizer_digest).normalized_scores
+    log_odds_PS = judge([openings[c.prompt_index] + c.text for c in answers.completions]).reshape(answers.shape)
+    texts = answers.texts
     return Samples(
         version=version,
         openings=tuple(openings),
         texts=tuple(tuple(texts[i * sampling.n : (i + 1) * sampling.n]) for i in range(len(openings))),
         judged_PS=log_odds_PS,
         probabilities_PS=1 / (1 + np.exp(-log_odds_PS)),
-        rewards_PS=rewards.reshape(shape),
-        kl=kl_summary([completion.logprobs for completion in completions], reference, prompts),
-        text=text_summary(texts, reference, [c.finish_reason == "stop" for c in completions], prompts),
+        rewards_PS=rewards.reshape(answers.shape),
+        kl=kl,
+        text=text,
     )
-
-
-def opening_and_answer(openings: Sequence[str], completion: Completion) -> str:
-    """The text the judge reads: the opening with its continuation."""
-    return openings[completion.prompt_index] + completion.text

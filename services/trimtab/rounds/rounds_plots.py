@@ -31,10 +31,15 @@ LOOKS: dict[str, dict[str, Any]] = {
 def draw_rounds(rounds: Sequence[RoundFigures], recipe: Recipe, best_round: int, file: Path) -> None:
     """One PNG: win rate against SFT by round with intervals, and for each round all scores against KL."""
     trained = [figures for figures in rounds if figures.number]
-    columns = 1 + len(trained)
+    columns = 1 + len(trained)  # one axis of percent for all
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, columns, figsize=(3.4 + 2.6 * len(trained), 3.6), layout="constrained", sharey=True, squeeze=False
+            1,
+            columns,
+            figsize=(max(8.4, 3.2 + 2.6 * len(trained)), 3.8),
+            layout="constrained",
+            sharey=True,
+            squeeze=False,
         )
         _draw_rise(axes[0, 0], rounds, best_round)
         reach = 1.08 * max(point.kl.k1_per_response.value for r in trained for point in r.points)
@@ -56,11 +61,12 @@ def _draw_rise(axes: Any, rounds: Sequence[RoundFigures], best_round: int) -> No
         values = [100 * interval.value for interval in wins]
         spread = [[100 * (w.value - w.low) for w in wins], [100 * (w.high - w.value) for w in wins]]
         axes.errorbar(numbers, values, yerr=spread, capsize=3, **LOOKS[name])
+    lowest = min([50.0, *(100 * figures.chosen.wins[JUDGE].low for figures in rounds[1:])])
     best = rounds[best_round]
     axes.annotate(
         "published\nas best",
         (best.number, 100 * best.chosen.wins[JUDGE].low),
-        (0, -14),
+        (0, -5),
         textcoords="offset points",
         ha="center",
         va="top",
@@ -68,7 +74,7 @@ def _draw_rise(axes: Any, rounds: Sequence[RoundFigures], best_round: int) -> No
         fontsize=8,
     )
     axes.axhline(50, color=ACCENT, linestyle=":", linewidth=1)
-    axes.set(title="Over rounds", xlabel="round", ylabel="% of answers better than SFT's", ylim=(40, 102))
+    axes.set(title="Over rounds", xlabel="round", ylabel="% of answers better than SFT's", ylim=(lowest - 9, 102))
     axes.set_xticks(numbers, ["SFT" if number == 0 else str(number) for number in numbers])
     axes.set_xlim(-0.4, numbers[-1] + 0.4)
 
@@ -94,3 +100,4 @@ def _draw_frontier(axes: Any, figures: RoundFigures, reach: float, *, is_best: b
     axes.axhline(50, color=ACCENT, linestyle=":", linewidth=1)
     axes.set(title=f"Round {figures.number}" + (", the best" if is_best else ""), xlabel="KL from SFT, nats a response")
     axes.set_xlim(0, reach)
+    axes.locator_params(axis="x", nbins=5)

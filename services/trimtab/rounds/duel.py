@@ -1,0 +1,227 @@
+"""Two models answer the same prompts, and a judge says how often the second is better: a scorer, or people by file.
+
+Each model is a folder, a hub id or a version of a store; a generator serves one after the other, so that memory need
+only hold one. `duel_report` lays the result out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.rounds.answers import draw
+from trimtab.rounds.evaluate import Interval, bootstrap_mean, distinct_n_in_groups, win_rate, words
+from trimtab.rounds.launchers.local import Supervisor
+from trimtab.rounds.launchers.services import service_process
+from trimtab.rounds.ranking.file_source import FileSource
+from trimtab.rounds.ranking.source import AnswerSet, read_json_rows, write_rows
+from trimtab.rounds.scorers import WirePrompt, open_scorer
+from trimtab_client import GeneratorClient, Sampling
+
+PEOPLE = "people:"
+TO_RANK = "to_rank.jsonl"
+
+
+class DuelError(ValueError):
+    """The two cannot be compared as asked; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class DuelPlan:
+    """What to compare. `judge` is a scorer (`scorers`), or "people:FILE": rankings of the pairs in to_rank.jsonl.
+
+    `folder` gets the answers, the pairs and the services' logs.
+    """
+
+    first: str
+    second: str
+    prompts: tuple[WirePrompt, ...]
+    judge: str
+    sampling: Sampling
+    folder: Path
+    store: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one model answered: `texts[p][s]` is sample s to prompt p.
+
+    Attributes:
+        served: the version or source that the generator named.
+        tokens: of each answer, [P, S]; ended: which ended by themselves.
+        scores_PS: the judge's; None where people judge.
+    """
+
+    source: str
+    served: str
+    texts: tuple[tuple[str, ...], ...]
+    tokens_PS: np.ndarray
+    ended_PS: np.ndarray
+    scores_PS: np.ndarray | None = None
+
+    @property
+    def distinct_2(self) -> float:
+        """Share of distinct word pairs in 16 answers to different prompts, averaged."""
+        return distinct_n_in_groups([words(row[0]) for row in self.texts], 2)
+
+
+@dataclass(frozen=True)
+class Duel:
+    """The result. `win_rate` is how often the second's answer is preferred, a tie counting half.
+
+    Attributes:
+        wins_P: the same for each prompt.
+        difference: mean of the judge's score, second less first; None where people judge.
+    """
+
+    plan: DuelPlan
+    first: Side
+    second: Side
+    win_rate: Interval
+    wins_P: np.ndarray
+    difference: Interval | None
+
+
+def run_duel(plan: DuelPlan, say: Callable[[str], None]) -> Duel:
+    """Sample both, judge both. With people as judge, answers that lie in the folder already are used again.
+
+    Raises:
+        DuelError: people have not judged all pairs yet, or the folder holds answers of another comparison.
+        ScorerError, LaunchError.
+    """
+    with ExitStack() as stack:
+        supervisor = stack.enter_context(Supervisor())
+        if plan.judge.startswith(PEOPLE) and (plan.folder / TO_RANK).exists():
+            say(f"taking the answers in {plan.folder}")
+            first, second = (read_side(plan, letter) for letter in "ab")
+        else:
+            first = _answers(plan, plan.first, "a", supervisor, say)
+            second = _answers(plan, plan.second, "b", supervisor, say)
+        if plan.judge.startswith(PEOPLE):
+            wins_P = people_wins(plan, first, second, Path(plan.judge.removeprefix(PEOPLE)))
+            return Duel(plan, first, second, bootstrap_mean(wins_P), wins_P, None)
+
+        def serve_reward(source: str) -> str:
+            return _serve(plan, supervisor, "reward", source)
+
+        say(f"judging with {plan.judge}")
+        scorer = open_scorer(plan.judge, serve_reward, stack)
+        first_PS, second_PS = (_score(scorer.score, plan.prompts, side) for side in (first, second))
+        difference_PSS = second_PS[:, :, None] - first_PS[:, None, :]
+        return Duel(
+            plan,
+            _judged(first, first_PS),
+            _judged(second, second_PS),
+            win_rate(second_PS, first_PS),
+            ((difference_PSS > 0) + 0.5 * (difference_PSS == 0)).mean(axis=(1, 2)),
+            bootstrap_mean(second_PS.mean(1) - first_PS.mean(1)),
+        )
+
+
+def people_wins(plan: DuelPlan, first: Side, second: Side, file: Path) -> np.ndarray:
+    """How often people prefer the second's answers, [P]: from rankings of pairs that lie blind in to_rank.jsonl."""
+    pairs, second_first = _blind_pairs(plan, first, second)
+    offered = plan.folder / TO_RANK
+    if not offered.exists():
+        write_rows(offered, (pair.row() for pair in pairs))
+    source = FileSource(file, 1, 0)
+    source.offer(pairs, offered)
+    collected = source.poll(pairs)
+    if collected.waiting:
+        raise DuelError(f"people have not judged all pairs: {collected.waiting}")
+    samples = len(first.texts[0])
+    place = {pair.task: i for i, pair in enumerate(pairs)}
+    sums, counts = np.zeros(len(plan.prompts)), np.zeros(len(plan.prompts))
+    for ranked in collected.rankings:
+        pair = place[ranked.answers.task]
+        mine, other = ranked.ranks if second_first[pair] else reversed(ranked.ranks)
+        sums[pair // samples] += 1.0 if mine < other else 0.5 if mine == other else 0.0
+        counts[pair // samples] += 1
+    return sums / counts
+
+
+def _blind_pairs(plan: DuelPlan, first: Side, second: Side) -> tuple[list[AnswerSet], np.ndarray]:
+    """A set of two for each sample of each prompt, in an order that tells nothing; True: the second stands first."""
+    samples = len(first.texts[0])
+    flips = np.random.default_rng(plan.sampling.seed).integers(0, 2, len(plan.prompts) * samples).astype(bool)
+    pairs = []
+    for p, prompt in enumerate(plan.prompts):
+        for s in range(samples):
+            texts = (first.texts[p][s], second.texts[p][s])
+            ended = (bool(first.ended_PS[p, s]), bool(second.ended_PS[p, s]))
+            order = -1 if flips[p * samples + s] else 1
+            pairs.append(AnswerSet(f"pair-{p * samples + s + 1:05}", prompt, texts[::order], ended[::order]))
+    return pairs, flips
+
+
+def _answers(plan: DuelPlan, source: str, letter: str, supervisor: Supervisor, say: Callable[[str], None]) -> Side:
+    """Sample one model; its answers also go into the folder."""
+    say(f"{source} answers {len(plan.prompts)} prompts")
+    address = _serve(plan, supervisor, "generator", source)
+    with GeneratorClient(address) as generator:
+        served = str(generator.get_model().version)
+        answers = draw(generator, None, plan.prompts, plan.sampling)
+    supervisor.remove("generator")
+    rows = [
+        {
+            "source": source,
+            "served": served,
+            "prompt": prompt,
+            "responses": [c.text for c in answers.completions[p * plan.sampling.n : (p + 1) * plan.sampling.n]],
+            "tokens": [len(c.token_ids) for c in answers.completions[p * plan.sampling.n : (p + 1) * plan.sampling.n]],
+            "ended": [
+                c.finish_reason == "stop" for c in answers.completions[p * plan.sampling.n : (p + 1) * plan.sampling.n]
+            ],
+        }
+        for p, prompt in enumerate(plan.prompts)
+    ]
+    write_rows(_answers_file(plan, letter), rows)
+    return _side(rows)
+
+
+def read_side(plan: DuelPlan, letter: str) -> Side:
+    """Answers that an earlier call wrote. Raises DuelError where they are not those of this comparison."""
+    rows = read_json_rows(_answers_file(plan, letter))
+    source = plan.first if letter == "a" else plan.second
+    if rows[0]["source"] != source or [row["prompt"] for row in rows] != list(plan.prompts):
+        raise DuelError(f"{plan.folder} holds answers of another comparison: give a new --out")
+    return _side(rows)
+
+
+def _side(rows: Sequence[dict[str, Any]]) -> Side:
+    return Side(
+        source=rows[0]["source"],
+        served=rows[0]["served"],
+        texts=tuple(tuple(row["responses"]) for row in rows),
+        tokens_PS=np.array([row["tokens"] for row in rows], np.float64),
+        ended_PS=np.array([row["ended"] for row in rows], bool),
+    )
+
+
+def _judged(side: Side, scores_PS: np.ndarray) -> Side:
+    return Side(side.source, side.served, side.texts, side.tokens_PS, side.ended_PS, scores_PS)
+
+
+def _score(
+    score: Callable[[Sequence[WirePrompt], Sequence[str]], np.ndarray], prompts: Sequence[WirePrompt], side: Side
+) -> np.ndarray:
+    asked = [prompt for prompt, row in zip(prompts, side.texts, strict=True) for _ in row]
+    return score(asked, [text for row in side.texts for text in row]).reshape(len(prompts), -1)
+
+
+def _answers_file(plan: DuelPlan, letter: str) -> Path:
+    return plan.folder / f"answers_{letter}.jsonl"
+
+
+def _serve(plan: DuelPlan, supervisor: Supervisor, kind: str, source: str) -> str:
+    settings = {"model": source, "store": plan.store}
+    spec = service_process(kind, settings, plan.folder / "services", threads=plan.threads)
+    supervisor.add(spec)
+    supervisor.wait_ready(spec.name)
+    return spec.address
