@@ -1,4 +1,4 @@
-"""`trimtab rounds` and `trimtab compare` as a user runs them: a miniature always, two real rounds among the long proofs."""
+"""`trimtab rounds` and `trimtab compare` as a user runs them: a miniature always, two real rounds as a long proof."""
 
 import json
 import random
