@@ -6,7 +6,7 @@ STAMP := $(VENV)/.trimtab-installed
 PYTEST_ARGS ?=
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install lint wire wheels unit test test-all demo bench protos format clean
+.PHONY: help install lint wire wheels unit test test-all demo demo-rounds bench protos format clean
 
 help:                  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 24
@@ -54,6 +54,11 @@ test-all: lint wire wheels build/triton-3.6.0  ## and the long proofs
 
 demo: install          ## the three stages on real data, in minutes on two cores
 	$(BIN)/trimtab demo --fresh
+
+demo-rounds: install   ## three rounds with a simulated labeler; killed anywhere, it goes on; report in runs/stories
+	$(BIN)/python examples/data/prepare.py runs/rounds-data
+	$(BIN)/trimtab rounds run examples/rounds/stories.yaml
+	$(BIN)/trimtab rounds status runs/stories
 
 bench: install         ## one PPO update beside TRL's, whose environment is made on first use
 	$(BIN)/python -m benchmarks.ppo_step --peer-env .venv-trl --out ppo_step.json
