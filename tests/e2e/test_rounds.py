@@ -93,7 +93,7 @@ def test_a_miniature_round_goes_through_all_stages_and_publishes_the_best_policy
     store = open_store(str(folder / "store"))
     best = store.current("mini", "policy")
     wins = {0: 0.5, 1: journal.done("1/evaluate").metrics["judge_win_rate"]}
-    assert best.version.step == max(wins, key=wins.get) and best.version.step in store.pinned_steps("mini", "policy")
+    assert best.version.step == max(wins, key=wins.get)
     AutoModelForCausalLM.from_pretrained(store.fetch(store.get("mini", "policy", 1)))
     AutoModelForSequenceClassification.from_pretrained(store.fetch(store.get("mini", "reward", 1)))
     ppo = journal.done("1/ppo")

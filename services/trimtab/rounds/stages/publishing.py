@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from trimtab.rounds.journal import StageResult
 from trimtab.rounds.stages.context import RoundsContext, read_version, write_version
+from trimtab.rounds.stages.training import run_name
 from trimtab_client import ModelVersion
-
-BEST = "best round so far"
 
 
 def run_publish(context: RoundsContext, number: int) -> StageResult:
@@ -27,15 +26,22 @@ def run_publish(context: RoundsContext, number: int) -> StageResult:
         assert trained is not None
         outputs["reward"] = write_version(_copy(context, reward, "reward", number, trained.metrics))
         store.set_current(name, "reward", number)
-        store.prune(chosen.run_id, chosen.name, keep_last=1)
+        _prune_checkpoints(context, number)
     best_round = max(range(number + 1), key=lambda r: (held_out_win_rate(context, r), -r))
     best = store.set_current(name, "policy", best_round).version
-    store.pin(name, "policy", best_round, BEST)
     return StageResult(
         inputs={"policy": write_version(chosen)},
         outputs=outputs | {"best": write_version(best)},
         metrics={"best_round": best_round, "judge_win_rate": held_out_win_rate(context, best_round)},
     )
+
+
+def _prune_checkpoints(context: RoundsContext, number: int) -> None:
+    """Leave the last checkpoint of the round's PPO runs, those of killed attempts too."""
+    for attempt in range(1, context.journal.attempts(f"{number}/ppo") + 1):
+        run_id = run_name(context, number, "ppo", attempt)
+        if context.store.versions(run_id, "policy"):
+            context.store.prune(run_id, "policy", keep_last=1)
 
 
 def held_out_win_rate(context: RoundsContext, number: int) -> float:
