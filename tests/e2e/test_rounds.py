@@ -121,25 +121,12 @@ def test_compare_says_which_of_two_versions_a_judge_prefers(miniature, tmp_path)
     recipe, folder = miniature
     sides = [str(MODEL), "version:mini-r0-sft/policy"]
     shared = ["--prompts", str(recipe.parent / "prompts.jsonl"), "--store", str(folder / "store"), "--max-tokens", "12"]
-    output = succeeded(trimtab("compare", *sides, *shared, "--judge", "words:the,a", "--out", str(tmp_path / "words")))
+    output = succeeded(trimtab("compare", *sides, *shared, "--judge", "words:the,a", "--out", str(tmp_path)))
     assert "B's answer is preferred in" in output and "mini-r0-sft/policy@1" in output
-    numbers = json.loads((tmp_path / "words" / "duel.json").read_text())
+    numbers = json.loads((tmp_path / "duel.json").read_text())
     assert numbers["win_rate"]["low"] <= numbers["win_rate"]["value"] <= numbers["win_rate"]["high"]
-    assert (tmp_path / "words" / "duel.png").stat().st_size > 10_000
-    assert (tmp_path / "words" / "report.md").read_text().count("> *B* (") == 8
-
-    file = tmp_path / "people.jsonl"
-    asked = ["compare", *sides, *shared, "--judge", f"people:{file}", "--out", str(tmp_path / "people")]
-    refused = trimtab(*asked)
-    assert refused.returncode == 1 and "people have not judged all pairs" in refused.stderr
-    texts = [json.loads(row)["responses"] for row in (tmp_path / "people" / "answers_b.jsonl").open()]
-    pairs = [json.loads(row) for row in (tmp_path / "people" / "to_rank.jsonl").open()]
-    with file.open("w") as rankings:
-        for pair, (mine,) in zip(pairs, texts, strict=True):
-            ranks = [1 if text == mine else 2 for text in pair["responses"]]
-            rankings.write(json.dumps({"task": pair["task"], "ranks": ranks, "labeler": "ann"}) + "\n")
-    succeeded(trimtab(*asked))
-    assert json.loads((tmp_path / "people" / "duel.json").read_text())["win_rate"]["value"] >= 0.9
+    assert (tmp_path / "duel.png").stat().st_size > 10_000
+    assert (tmp_path / "report.md").read_text().count("> *B* (") == 8
 
 
 def start(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
