@@ -38,10 +38,9 @@ def _draw_share(axes: Any, duel: Duel) -> None:
     axes.barh([0], [100 - meet], left=[meet], color=AFTER, height=0.6)
     axes.errorbar([meet], [0], xerr=[[meet - low], [high - meet]], color=INK, capsize=5, linewidth=1.5)
     axes.axvline(50, color=ACCENT, linestyle="--", linewidth=1)
-    words: dict[str, Any] = {"va": "center", "color": "white", "fontweight": "bold"}
-    axes.text(1.5, 0, f"A  {meet:.1f} %", **words)
-    axes.text(98.5, 0, f"{100 - meet:.1f} %  B", ha="right", **words)
     axes.set(title="Preferred, with the 95 % interval", xlim=(0, 100), xlabel="% of pairs")
+    axes.text(0.62, 1.06, f"A {meet:.1f} %", color=BEFORE, fontweight="bold", transform=axes.transAxes)
+    axes.text(1, 1.06, f"B {100 - meet:.1f} %", color=AFTER, fontweight="bold", transform=axes.transAxes, ha="right")
     axes.set_yticks([])
     axes.grid(visible=False)
 
