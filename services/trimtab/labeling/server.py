@@ -1,0 +1,84 @@
+"""`trimtab label serve`: the pages and the API over HTTP until SIGTERM, and a feeder that asks generators for answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import uvicorn
+
+from trimtab.labeling.config import LabelingConfig
+from trimtab.labeling.database import Database
+from trimtab.labeling.feeding import Feeder
+from trimtab.labeling.web.app import create_app
+from trimtab.labeling.web.room import Room
+from trimtab.runtime.errors import StartError
+from trimtab.runtime.logs import configure_logs, get_logger
+
+log = get_logger(__name__)
+
+
+def main(config: LabelingConfig) -> int:
+    """Serve until SIGTERM or ctrl-C, then finish running requests; 0. StartError, DatabaseError where it cannot."""
+    configure_logs(config.log_level, config.log_format)
+    database = Database(config.database)
+    database.migrate()
+    bound = _bind(config)
+    server = uvicorn.Server(_uvicorn(config, Room(database, config)))
+    feeder = Feeder(database, _token(config)) if config.feed else None
+    address = f"{'https' if config.has_tls else 'http'}://{config.host}:{bound.getsockname()[1]}"
+    if feeder is not None:
+        feeder.start()
+    log.info("serving labeling", address=address)
+    if config.ready_file is not None:
+        _write_ready(config.ready_file, bound.getsockname()[1])
+    # uvicorn stops at SIGTERM and ctrl-C by itself, and raises the signal anew when it has: that one is for nobody.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[bound])
+    finally:
+        if feeder is not None:
+            feeder.stop()
+        database.close()
+    return 0
+
+
+def _uvicorn(config: LabelingConfig, room: Room) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(room),
+        log_config=None,
+        log_level=config.log_level,
+        access_log=False,  # addresses hold no secrets, but who did what when is in the database already
+        server_header=False,
+        date_header=True,
+        timeout_graceful_shutdown=round(config.grace_s),
+        ssl_certfile=str(config.tls_cert) if config.tls_cert else None,
+        ssl_keyfile=str(config.tls_key) if config.tls_key else None,
+    )
+
+
+def _bind(config: LabelingConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((config.host.strip("[]"), config.port))
+    except OSError as error:
+        bound.close()
+        raise StartError(f"port: cannot listen on {config.host}:{config.port}: {error.strerror}") from None
+    return bound
+
+
+def _token(config: LabelingConfig) -> str | None:
+    return Path(config.generator_token_file).read_text().strip() if config.generator_token_file else None
+
+
+def _write_ready(path: Path, port: int) -> None:
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps({"port": port}))
+    os.replace(partial, path)

@@ -1,0 +1,1 @@
+"""The web side of labeling: pages for people, a REST API for programs, both over the same functions."""
