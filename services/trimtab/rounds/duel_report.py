@@ -49,14 +49,12 @@ def figures(duel: Duel) -> list[tuple[str, str, str]]:
         rows.append(
             ("judge's score, mean", f"{duel.first.scores_PS.mean():.3f}", f"{duel.second.scores_PS.mean():.3f}")
         )
-    rows += [
-        (name, *(of(side) for side in (duel.first, duel.second)))
-        for name, of in (
-            ("tokens of an answer", lambda side: f"{side.tokens_PS.mean():.1f}"),
-            ("ended by themselves", lambda side: _percent(side.ended_PS.mean())),
-            ("distinct-2, words of 16 answers", lambda side: f"{side.distinct_2:.3f}"),
-        )
-    ]
+    for name, of in (
+        ("tokens of an answer", lambda side: f"{side.tokens_PS.mean():.1f}"),
+        ("ended by themselves", lambda side: _percent(side.ended_PS.mean())),
+        ("distinct-2, words of 16 answers", lambda side: f"{side.distinct_2:.3f}"),
+    ):
+        rows.append((name, of(duel.first), of(duel.second)))
     return rows
 
 
