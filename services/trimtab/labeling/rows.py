@@ -107,6 +107,11 @@ class _Row(BaseModel):
     adjudication: bool = False
 
 
+def lines_of(text: str) -> list[str]:
+    r"""The lines of a JSONL text: only "\n" ends one, for JSON's strings may hold Unicode's other line ends."""
+    return text.split("\n")
+
+
 def read_rows(lines: Iterable[str]) -> list[TaskRow]:
     """All rows of a JSONL text; blank lines are passed over. The first wrong one is a RowError with its line."""
     return [parse_row(line, number) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -1,9 +1,8 @@
-"""`trimtab label serve`: the pages and the API over HTTP until SIGTERM, and a feeder that asks generators for answers."""
+"""`trimtab label serve`: pages and API over HTTP until SIGTERM, and a feeder that asks generators for answers."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 from contextlib import suppress
@@ -81,4 +80,4 @@ def _token(config: LabelingConfig) -> str | None:
 def _write_ready(path: Path, port: int) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps({"port": port}))
-    os.replace(partial, path)
+    partial.replace(path)

@@ -24,7 +24,7 @@ from trimtab.labeling.labelers import (
 )
 from trimtab.labeling.leases import held_lease, next_task, renew, skip_task
 from trimtab.labeling.reports import campaign_agreement, labeler_work, progress
-from trimtab.labeling.rows import read_rows
+from trimtab.labeling.rows import lines_of, read_rows
 from trimtab.labeling.tables import Campaign, Labeler
 from trimtab.labeling.vocabulary import Kind, Role
 from trimtab.labeling.web.room import Visit, Visiting
@@ -66,7 +66,7 @@ def _admin(visiting: Visiting) -> Visit:
 async def _lines(request: Request, visiting: Annotated[Visit, Depends(_lead)]) -> list[str]:
     """The body as lines. FastAPI would read it as JSON; rows are one JSON object a line."""
     try:
-        return (await request.body()).decode("utf-8-sig").splitlines()
+        return lines_of((await request.body()).decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise InvalidError("", "the body is not UTF-8 text") from None
 

@@ -24,7 +24,7 @@ from trimtab.labeling.importing import import_rows
 from trimtab.labeling.leases import lease_for_adjudication
 from trimtab.labeling.prompts import Prompt
 from trimtab.labeling.reports import campaign_agreement, disagreements, labeler_work, progress, task_judgments
-from trimtab.labeling.rows import TaskRow, read_rows
+from trimtab.labeling.rows import TaskRow, lines_of, read_rows
 from trimtab.labeling.tables import Campaign, Judgment, Skip, Task
 from trimtab.labeling.vocabulary import Ask, Kind, Role
 from trimtab.labeling.web.pages import page
@@ -210,10 +210,10 @@ def _rows(form: Form) -> list[TaskRow]:
     """Rows of the uploaded file and of the pasted lines; a line that is no JSON is a prompt by itself."""
     pasted = [
         line if line.lstrip().startswith("{") else json.dumps({"prompt": line.rstrip("\r")}, ensure_ascii=False)
-        for line in form.text("lines").splitlines()
+        for line in lines_of(form.text("lines"))
         if line.strip()
     ]
-    return read_rows([*form.upload("file").splitlines(), *pasted])
+    return read_rows([*lines_of(form.upload("file")), *pasted])
 
 
 def _quoted(message: str) -> str:
