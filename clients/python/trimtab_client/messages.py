@@ -133,6 +133,7 @@ class ModelInfo:
     has_chat_template: bool
     max_sequences: int
     max_tokens: int
+    max_hidden_tokens: int = 0
 
     @classmethod
     def from_proto(cls, message: model_pb2.ModelInfo) -> ModelInfo:
@@ -148,6 +149,7 @@ class ModelInfo:
             has_chat_template=message.has_chat_template,
             max_sequences=message.max_sequences,
             max_tokens=message.max_tokens,
+            max_hidden_tokens=message.max_hidden_tokens,
         )
 
 

@@ -12,7 +12,7 @@ from trimtab_client.errors import contradiction
 from trimtab_client.messages import LogProbs, ModelInfo
 from trimtab_client.models import AsyncModelClient, ModelClient, ServedLimits
 from trimtab_client.ragged import RaggedError, RaggedFloats, RaggedTokens
-from trimtab_client.splitting import in_parts, split_tokens
+from trimtab_client.splitting import in_parts, split_responses, split_tokens
 from trimtab_client.v1 import reference_pb2, reference_pb2_grpc
 from trimtab_client.versions import ModelVersion, VersionPin, pin_to_proto
 
@@ -35,7 +35,10 @@ def logprobs_program(
         raise RaggedError("prompt_lengths", "required: one entry a sequence, each at least 1")
 
     def split(info: ModelInfo, pin: VersionPin | None) -> list[Call[LogProbs]]:
-        return [_logprobs(part, tokenizer_digest, wanted, pin) for part in split_tokens(tokens, info)]
+        parts = split_tokens(tokens, info)
+        if wanted.hidden:
+            parts = [piece for part in parts for piece in split_responses(part, info.max_hidden_tokens)]
+        return [_logprobs(part, tokenizer_digest, wanted, pin) for part in parts]
 
     return merge_logprobs((yield from in_parts(limits, pin, split)))
 

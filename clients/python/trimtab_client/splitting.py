@@ -66,7 +66,16 @@ def consecutive(sizes: Sequence[int], most_items: int, most_size: int) -> list[s
 
 def split_tokens(tokens: RaggedTokens, info: ModelInfo) -> list[RaggedTokens]:
     """Consecutive parts of at most the server's sequences and tokens; views of the whole."""
-    runs = consecutive(tokens.lengths.tolist(), info.max_sequences, info.max_tokens)
+    return _parts(tokens, consecutive(tokens.lengths.tolist(), info.max_sequences, info.max_tokens))
+
+
+def split_responses(tokens: RaggedTokens, most_tokens: int) -> list[RaggedTokens]:
+    """Consecutive parts whose responses hold so many tokens in all; 0 means no limit."""
+    assert tokens.prompt_lengths is not None
+    return _parts(tokens, consecutive((tokens.lengths - tokens.prompt_lengths).tolist(), 0, most_tokens))
+
+
+def _parts(tokens: RaggedTokens, runs: Sequence[slice]) -> list[RaggedTokens]:
     ends_B = np.concatenate([[0], np.cumsum(tokens.lengths)])
     prompts = tokens.prompt_lengths
     return [

@@ -19,6 +19,7 @@ from trimtab.reference.forward import ReferenceItem, ReferenceResult, respond
 from trimtab.runtime import model_service
 from trimtab.runtime.batcher import Batcher
 from trimtab.runtime.calls import deadline_of
+from trimtab.runtime.config import RequestLimits
 from trimtab.runtime.errors import StartError, internal, invalid
 from trimtab.runtime.limits import check_prompt_lengths, check_sequences, check_tokenizer_digest, read_tokens
 from trimtab.runtime.model_service import ModelServicer, Served, ServedModel, describe, pinned
@@ -32,6 +33,11 @@ from trimtab_client.v1 import reference_pb2, reference_pb2_grpc
 LABEL = "reference"
 SERVICE_NAME = "trimtab.v1.ReferenceService"
 SERVICES = (SERVICE_NAME, model_service.SERVICE_NAME)
+
+MESSAGE_OVERHEAD_BYTES = 8192
+"""Of an answer: its version, tags and field lengths."""
+BYTES_PER_LENGTH = 3 * 5
+"""Of one sequence in the three ragged columns, at most."""
 
 
 def main(config: ReferenceConfig) -> int:
@@ -106,12 +112,11 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
         check_sequences(tokens, self._limits, policy.vocab_size, served.info.max_length)
         prompt_lengths_B = check_prompt_lengths(tokens)
         if request.include_hidden:
-            responses = int((tokens.lengths - prompt_lengths_B).sum())
-            size_bytes = responses * _hidden_size(policy) * 2
-            if size_bytes > self._limits.max_message_bytes:
+            responses, most = int((tokens.lengths - prompt_lengths_B).sum()), served.info.max_hidden_tokens
+            if responses > most:
                 raise invalid(
                     "include_hidden",
-                    f"{size_bytes} bytes of hidden states, but a message may hold {self._limits.max_message_bytes}; "
+                    f"{responses} response tokens, but a message may hold the hidden states of {most}; "
                     "send fewer sequences a call",
                 )
         return [
@@ -144,7 +149,15 @@ def _load(config: ReferenceConfig, store: Store | None) -> Served[Policy]:
     source = resolve_source(config.model, store)
     policy = Policy.load(source.path_or_id, dtype=config.dtype, device=config.device)
     max_length = policy.max_length if config.max_length is None else min(config.max_length, policy.max_length)
-    return Served(source.version, policy, describe(policy, source.version, max_length=max_length, limits=config.limits))
+    info = describe(policy, source.version, max_length=max_length, limits=config.limits)
+    info.max_hidden_tokens = most_hidden_tokens(_hidden_size(policy), config.limits)
+    return Served(source.version, policy, info)
+
+
+def most_hidden_tokens(hidden_size: int, limits: RequestLimits) -> int:
+    """Response tokens whose hidden states, log-probs, lse and entropy, with all lengths, fit into one message."""
+    overhead = MESSAGE_OVERHEAD_BYTES + limits.max_sequences * BYTES_PER_LENGTH
+    return max(0, limits.max_message_bytes - overhead) // (2 * hidden_size + 3 * 4)
 
 
 def _hidden_size(policy: Policy) -> int:

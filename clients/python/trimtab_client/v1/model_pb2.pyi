@@ -100,6 +100,7 @@ class ModelInfo(_message.Message):
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_HIDDEN_TOKENS_FIELD_NUMBER: _builtins.int
     tokenizer_digest: _builtins.str
     """Digest of the tokenizer; equal digests mean equal ids for equal text."""
     vocab_size: _builtins.int
@@ -115,6 +116,8 @@ class ModelInfo(_message.Message):
     """Most sequences one request may hold."""
     max_tokens: _builtins.int
     """Most tokens one request may hold."""
+    max_hidden_tokens: _builtins.int
+    """Most response tokens of a LogProbs call with include_hidden: what one message can hold. 0 where none are served."""
     @_builtins.property
     def version(self) -> Global___ModelVersion: ...
     @_builtins.property
@@ -135,10 +138,11 @@ class ModelInfo(_message.Message):
         has_chat_template: _builtins.bool = ...,
         max_sequences: _builtins.int = ...,
         max_tokens: _builtins.int = ...,
+        max_hidden_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "max_length", b"max_length", "max_sequences", b"max_sequences", "max_tokens", b"max_tokens", "parameter_count", b"parameter_count", "tokenizer_digest", b"tokenizer_digest", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "max_hidden_tokens", b"max_hidden_tokens", "max_length", b"max_length", "max_sequences", b"max_sequences", "max_tokens", b"max_tokens", "parameter_count", b"parameter_count", "tokenizer_digest", b"tokenizer_digest", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
