@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from trimtab.kernels.api import PpoLoss, SelectedLogprobs, ppo_loss, selected_logprobs
+from trimtab.kernels.api import ExactKl, PpoLoss, SelectedLogprobs, exact_kl, ppo_loss, selected_logprobs
 from trimtab.kernels.ppo_terms import PpoSettings
 from trimtab.models.errors import ModelLoadError
 from trimtab.models.packing import PackedBatch, pack, response_positions
@@ -65,6 +65,11 @@ class Slice:
     targets_R: torch.Tensor
     flat_R: torch.Tensor
 
+    def take(self, *arrays: torch.Tensor) -> list[torch.Tensor]:
+        """The part's response tokens of arrays [all response tokens, …] over the whole batch, on the part's device."""
+        where = self.flat_R.cpu()
+        return [array[where].to(self.flat_R.device) for array in arrays]
+
 
 def slice_batch(batch: TokenBatch, indices: Sequence[int], device: torch.device | str = "cpu") -> Slice:
     """Pack the sequences `indices` of a batch."""
@@ -83,12 +88,23 @@ def slice_batch(batch: TokenBatch, indices: Sequence[int], device: torch.device 
 
 def response_logprobs(policy: Policy, part: Slice, temperature: float = 1.0) -> SelectedLogprobs:
     """Log-prob, lse and entropy of each response token at `temperature`, [R]."""
-    hidden_RD, head = response_hidden(policy, part), policy.head
+    return hidden_logprobs(policy, response_hidden(policy, part), part, temperature)
+
+
+def response_hidden(policy: Policy, part: Slice) -> torch.Tensor:
+    """The hidden state that predicts each response token, [R, D]."""
+    return policy.hidden(part.packed).index_select(0, part.positions_R)
+
+
+def hidden_logprobs(policy: Policy, hidden_RD: torch.Tensor, part: Slice, temperature: float = 1.0) -> SelectedLogprobs:
+    """`response_logprobs` from the part's `response_hidden`."""
+    head = policy.head
     return selected_logprobs(hidden_RD, head.weight_VD, part.targets_R, **_head_options(head, temperature))
 
 
-def response_ppo_loss(
+def hidden_ppo_loss(
     policy: Policy,
+    hidden_RD: torch.Tensor,
     part: Slice,
     old_R: torch.Tensor,
     advantages_R: torch.Tensor,
@@ -100,7 +116,7 @@ def response_ppo_loss(
     temperature: float = 1.0,
 ) -> PpoLoss:
     """The PPO loss of the response tokens over `normalizer`, and their log-probs [R]; see `kernels.api.ppo_loss`."""
-    hidden_RD, head = response_hidden(policy, part), policy.head
+    head = policy.head
     return ppo_loss(
         hidden_RD,
         head.weight_VD,
@@ -115,9 +131,42 @@ def response_ppo_loss(
     )
 
 
-def response_hidden(policy: Policy, part: Slice) -> torch.Tensor:
-    """The hidden state that predicts each response token, [R, D]."""
-    return policy.hidden(part.packed).index_select(0, part.positions_R)
+def hidden_exact_kl(
+    policy: Policy,
+    hidden_RD: torch.Tensor,
+    part: Slice,
+    reference: LMHead,
+    reference_hidden_RD: torch.Tensor,
+    temperature: float = 1.0,
+) -> ExactKl:
+    """KL(policy‖reference) of each response token over the whole vocabulary, [R]; see `kernels.api.exact_kl`.
+
+    Args:
+        reference: the reference's head, `scaled_like` the policy's.
+        reference_hidden_RD: its hidden states, brought to the dtype of its weight.
+    """
+    head = policy.head
+    return exact_kl(
+        hidden_RD,
+        head.weight_VD,
+        reference_hidden_RD.to(reference.weight_VD.dtype),
+        reference.weight_VD,
+        part.targets_R,
+        reference_bias=reference.bias,
+        reference_softcap=reference.softcap,
+        **_head_options(head, temperature),
+    )
+
+
+def scaled_like(reference: LMHead, policy: LMHead) -> LMHead:
+    """The reference's head in units of the policy's logit scale, so that one temperature serves both."""
+    factor = reference.scale / policy.scale
+    return LMHead(
+        weight_VD=reference.weight_VD if factor == 1.0 else reference.weight_VD * factor,
+        bias=None if reference.bias is None else reference.bias * factor,
+        softcap=None if reference.softcap is None else reference.softcap / policy.scale,
+        scale=policy.scale,
+    )
 
 
 def _head_options(head: LMHead, temperature: float) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import grpc
 import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from trimtab.kernels.selfcheck import check_selected_logprobs
-from trimtab.runtime.errors import ServiceError, invalid, not_found, precondition
+from trimtab.kernels.selfcheck import KernelMismatchError, check_training_kernels
+from trimtab.runtime.errors import ServiceError, StartError, invalid, not_found, precondition
 from trimtab.runtime.logs import get_logger
 from trimtab.runtime.server import ServerContext, Service, serve
 from trimtab.trainer.config import DEFAULT_STORE, TrainerConfig
@@ -46,10 +46,13 @@ def main(config: TrainerConfig) -> int:
 
 
 async def load(context: ServerContext) -> Sequence[Service]:
-    """Check the kernels, open the store, and give the service."""
+    """Check the kernels, open the store, and give the service. Raises StartError for kernels that compute wrongly."""
     config = context.config
     assert isinstance(config, TrainerConfig)
-    await asyncio.to_thread(check_selected_logprobs, config.device)
+    try:
+        await asyncio.to_thread(check_training_kernels, config.device)
+    except KernelMismatchError as error:
+        raise StartError(str(error)) from error
     servicer = TrainerServicer(config, open_store(config.store or DEFAULT_STORE), context.draining)
     context.on_close(servicer.close)
     return [Service(SERVICE_NAME, trainer_pb2_grpc.add_TrainerServiceServicer_to_server, servicer)]

@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -83,7 +91,14 @@ class RewardModelConfig(_Config):
 
 
 class PpoConfig(_Config):
-    """PPO against a reward service, a reference service and a generator service."""
+    """PPO against a reward service, a reference service and a generator service.
+
+    Attributes:
+        kl: one choice, as the loss includes the metric. "sampled" takes KL from the log-probs of sampled tokens alone;
+            "exact_metric" reports it over the whole vocabulary too, from the reference's hidden states and LM head;
+            "exact_loss" also adds `kl_loss_coefficient` times its mean over response tokens to the policy's loss. The
+            penalty in the reward (`kl_coefficient`) is sampled k1 with any of them.
+    """
 
     stage: StageConfig
     prompts: Annotated[str, Field(min_length=1)]
@@ -101,6 +116,8 @@ class PpoConfig(_Config):
     temperature: Positive = 1.0
     ignore_eos: bool = False
     kl_coefficient: NonNegative = 0.02
+    kl: Literal["sampled", "exact_metric", "exact_loss"] = "sampled"
+    kl_loss_coefficient: Annotated[NonNegative, Field(validate_default=True)] = 0.0
     adaptive_kl_target: Positive | None = None
     adaptive_kl_horizon: Positive = 10_000
     gamma: Share = 1.0
@@ -120,6 +137,21 @@ class PpoConfig(_Config):
     )
     value_warmup_steps: Annotated[int, Field(ge=0)] = 0
     score_text: bool = False
+
+    @field_validator("kl_loss_coefficient")
+    @classmethod
+    def _belongs_to_the_exact_loss(cls, coefficient: float, others: ValidationInfo) -> float:
+        kl = others.data.get("kl")  # absent where it is wrong itself
+        if kl == "exact_loss" and coefficient == 0:
+            raise ValueError("kl: exact_loss needs a coefficient above 0")
+        if kl in ("sampled", "exact_metric") and coefficient > 0:
+            raise ValueError(f"there is no KL in the loss with kl: {kl}; set kl: exact_loss")
+        return coefficient
+
+    @property
+    def exact_kl(self) -> bool:
+        """Whether the reference's hidden states are asked for."""
+        return self.kl != "sampled"
 
     @model_validator(mode="after")
     def _fits(self) -> PpoConfig:

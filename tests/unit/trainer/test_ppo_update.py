@@ -15,7 +15,8 @@ from trimtab.trainer.optimizer import MasterWeightOptimizer
 from trimtab.trainer.ppo.experience import Episode, episode_scores, gather_experience
 from trimtab.trainer.ppo.loss import importance_weights, policy_statistics, value_terms
 from trimtab.trainer.ppo.prompts import PromptSampler, completion_seed
-from trimtab.trainer.ppo.update import PpoUpdate, rollout_metrics
+from trimtab.trainer.ppo.rollout_metrics import rollout_metrics
+from trimtab.trainer.ppo.update import PpoUpdate
 from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import OptimizerConfig, PpoConfig, parse_stage
 from trimtab_client import Completion, ModelVersion, VersionRun

@@ -17,12 +17,17 @@ from trimtab_client import Completion
 
 @dataclass
 class Episode:
-    """One completion on its way: the reward and reference services fill in their parts."""
+    """One completion on its way: the reward and reference services fill in their parts.
+
+    Attributes:
+        reference_hidden: uint16 [R, D], the bits of the reference's bfloat16 hidden states; only for exact KL.
+    """
 
     completion: Completion
     score: float = float("nan")
     normalized_score: float = float("nan")
     reference_logprobs: np.ndarray | None = None
+    reference_hidden: np.ndarray | None = None
 
     @property
     def token_ids(self) -> np.ndarray:
@@ -39,6 +44,7 @@ class Experience:
         reference_R: log-probs by the frozen SFT policy.
         scores_B, normalized_B: reward model's raw and normalised score.
         ended_B: whether an end token closed the response.
+        reference_hidden_RD: the hidden states behind `reference_R`, bfloat16; only for exact KL.
     """
 
     tokens: TokenBatch
@@ -47,6 +53,7 @@ class Experience:
     scores_B: torch.Tensor
     normalized_B: torch.Tensor
     ended_B: torch.Tensor
+    reference_hidden_RD: torch.Tensor | None = None
 
     @property
     def lengths_B(self) -> torch.Tensor:
@@ -57,6 +64,7 @@ class Experience:
 def gather_experience(episodes: Sequence[Episode]) -> Experience:
     """Put finished episodes, already in index order, into flat arrays."""
     references = [episode.reference_logprobs for episode in episodes]
+    hidden = [episode.reference_hidden for episode in episodes if episode.reference_hidden is not None]
     completions = [episode.completion for episode in episodes]
     return Experience(
         tokens=TokenBatch(
@@ -67,7 +75,13 @@ def gather_experience(episodes: Sequence[Episode]) -> Experience:
         scores_B=torch.tensor([episode.score for episode in episodes]),
         normalized_B=torch.tensor([episode.normalized_score for episode in episodes]),
         ended_B=torch.tensor([c.finish_reason == "stop" for c in completions]),
+        reference_hidden_RD=_bfloat16(np.concatenate(hidden)) if hidden else None,
     )
+
+
+def _bfloat16(bits: np.ndarray) -> torch.Tensor:
+    """The numbers of which a uint16 array holds the bits."""
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
 
 def episode_scores(experience: Experience, no_eos_score: float | None) -> torch.Tensor:

@@ -22,11 +22,13 @@ from trimtab.trainer.data import load_prompts, tokenize_prompts
 from trimtab.trainer.forward import prepare_for_training
 from trimtab.trainer.metrics import MetricWriter
 from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
+from trimtab.trainer.ppo.exact_kl import load_reference_head
 from trimtab.trainer.ppo.experience import Episode, gather_experience
 from trimtab.trainer.ppo.kl_controller import KLController
 from trimtab.trainer.ppo.prompts import PromptSampler
+from trimtab.trainer.ppo.rollout_metrics import rollout_metrics
 from trimtab.trainer.ppo.rollouts import RolloutClients, RolloutClocks
-from trimtab.trainer.ppo.update import PpoUpdate, rollout_metrics
+from trimtab.trainer.ppo.update import PpoUpdate
 from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.sft import load_policy, tell_what_was_cut
 from trimtab.trainer.side_by_side import SideBySide
@@ -44,6 +46,9 @@ def run_ppo(config: PpoConfig, context: StageContext) -> None:
         context.run.plan(config.steps)
         clients = runner.run(_open(config, state.policy, context))
         try:
+            if config.exact_kl and clients.reference_model is not None:
+                context.run.doing("loading the reference's LM head")
+                state.update.reference_head = load_reference_head(clients.reference_model, state.policy, context.store)
             with MetricWriter(context.run, context.folder) as writer:
                 _steps(config, context, state, runner, clients, writer)
         finally:

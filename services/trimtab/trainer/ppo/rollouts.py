@@ -24,6 +24,7 @@ from trimtab_client import (
     AsyncReferenceClient,
     AsyncRewardClient,
     ChannelOptions,
+    ModelInfo,
     ModelVersion,
     RaggedTokens,
     Sampling,
@@ -51,7 +52,11 @@ class RolloutClocks:
 
 
 class RolloutClients:
-    """The three services a PPO run calls; checked against the policy when opened."""
+    """The three services a PPO run calls; checked against the policy when opened.
+
+    Attributes:
+        reference_model: what the reference served when it was checked. With exact KL every call is pinned to it.
+    """
 
     def __init__(self, config: PpoConfig, tokenizer: PreTrainedTokenizerBase, timeout_s: float = 600.0) -> None:
         self.config = config
@@ -62,6 +67,7 @@ class RolloutClients:
         self.reward = AsyncRewardClient(config.reward_address, options)
         self.reference = AsyncReferenceClient(config.reference_address, options)
         self.tokenizer_digest = ""
+        self.reference_model: ModelInfo | None = None
 
     async def check(self, tokenizer_digest: str) -> None:
         """Refuse services whose tokenizer is not the policy's; the reward's may differ with score_text."""
@@ -72,6 +78,8 @@ class RolloutClients:
             if foreign and not (name == "reward" and self.config.score_text):
                 advice = "; set score_text: true to send it text" if name == "reward" else ""
                 raise RunFailedError(f"{name}_address: its tokenizer is not the policy's{advice}")
+            if name == "reference":
+                self.reference_model = model
 
     async def load_version(self, version: ModelVersion) -> None:
         """Make the generator serve a version; returns once it does."""
@@ -145,13 +153,23 @@ class RolloutClients:
             [episode.token_ids for episode in episodes],
             prompt_lengths=[len(episode.completion.prompt_token_ids) for episode in episodes],
         )
+        exact = self.config.exact_kl
         answer = await self.reference.logprobs(
-            tokens, self.tokenizer_digest, temperature=self.config.temperature, timeout_s=self.timeout_s
+            tokens,
+            self.tokenizer_digest,
+            temperature=self.config.temperature,
+            hidden=exact,
+            version=self.reference_model.version if exact and self.reference_model else None,
+            timeout_s=self.timeout_s,
         )
         if not np.isfinite(answer.logprobs.values).all():
             raise RunFailedError(f"the reference service {self.config.reference_address} answered non-finite log-probs")
         for episode, logprobs in zip(episodes, answer.logprobs.split(), strict=True):
             episode.reference_logprobs = logprobs
+        if answer.hidden is not None:
+            parts = np.split(answer.hidden, np.cumsum(answer.logprobs.lengths)[:-1])
+            for episode, hidden_RD in zip(episodes, parts, strict=True):
+                episode.reference_hidden = hidden_RD
 
     async def close(self) -> None:
         """Close the channels."""

@@ -12,20 +12,26 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from trimtab.kernels import kl
 from trimtab.kernels.ppo_terms import PpoSettings
 from trimtab.models.packing import plan_batches
-from trimtab.models.policy import Policy
+from trimtab.models.policy import LMHead, Policy
 from trimtab.models.scalar_head import ScalarModel
-from trimtab.trainer.forward import Slice, response_logprobs, response_ppo_loss, response_values, slice_batch
+from trimtab.trainer.forward import (
+    Slice,
+    hidden_logprobs,
+    hidden_ppo_loss,
+    response_hidden,
+    response_values,
+    slice_batch,
+)
 from trimtab.trainer.optimizer import MasterWeightOptimizer
 from trimtab.trainer.ppo.advantages import (
-    explained_variance,
     generalized_advantages,
     group_advantages,
     token_rewards,
     whiten,
 )
+from trimtab.trainer.ppo.exact_kl import StepKl
 from trimtab.trainer.ppo.experience import Experience, episode_scores
 from trimtab.trainer.ppo.loss import importance_weights, policy_statistics, value_terms
 from trimtab.trainer.side_by_side import SideBySide
@@ -42,6 +48,7 @@ class Targets:
         old_R, old_lse_R: log-probs, and the log-sum-exp in them, by the policy as it is when the update starts (the
             proximal policy).
         weights_R: truncated importance weights, old against behaviour.
+        exact_kl: None where KL is only sampled.
     """
 
     old_R: torch.Tensor
@@ -51,12 +58,13 @@ class Targets:
     returns_R: torch.Tensor
     weights_R: torch.Tensor
     entropy_R: torch.Tensor
+    exact_kl: StepKl | None = None
 
 
 class PpoUpdate:
     """Updates a policy and, with GAE, a value model: `plan_epoch`, then `fix_targets`, then `optimize`.
 
-    `side_by_side` runs the two models' work; by default one after the other.
+    `side_by_side` runs the two models' work; by default one after the other. `reference_head` is what exact KL needs.
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class PpoUpdate:
         value_optimizer: MasterWeightOptimizer | None,
         permutations: np.random.Generator,
         side_by_side: SideBySide | None = None,
+        reference_head: LMHead | None = None,
     ) -> None:
         self.config = config
         self.policy = policy
@@ -76,6 +85,7 @@ class PpoUpdate:
         self.value_optimizer = value_optimizer
         self.permutations = permutations
         self.side_by_side = side_by_side or SideBySide()
+        self.reference_head = reference_head
 
     def plan_epoch(self, experience: Experience) -> list[Minibatch]:
         """A fresh permutation cut into minibatches, each into packed micro-batches."""
@@ -88,10 +98,13 @@ class PpoUpdate:
         config = self.config
         parts = [part for minibatch in epoch for part in minibatch]
         dtype = torch.promote_types(self.policy.model.dtype, torch.float32)  # float64 only for float64 weights
+        exact_kl = self.reference_head and StepKl(self.reference_head, experience, config.temperature)
         (old_R, lse_R, entropy_R), values_R = self.side_by_side.run(
-            lambda: self._old_logprobs(parts, torch.empty(len(experience.behaviour_R), dtype=dtype)),
+            lambda: self._old_logprobs(parts, torch.empty(len(experience.behaviour_R), dtype=dtype), exact_kl),
             lambda: self._old_values(parts, torch.zeros(len(experience.behaviour_R), dtype=dtype)),
         )
+        if exact_kl is not None:
+            exact_kl.check()
         lengths_B = experience.lengths_B
         scores_B = episode_scores(experience, config.no_eos_score).to(dtype)
         rewards_R = token_rewards(scores_B, old_R, experience.reference_R, lengths_B, beta)
@@ -109,6 +122,7 @@ class PpoUpdate:
             returns_R=advantages_R + values_R,
             weights_R=importance_weights(old_R, experience.behaviour_R, config.importance_weight_cap),
             entropy_R=entropy_R,
+            exact_kl=exact_kl,
         )
 
     def optimize(
@@ -161,7 +175,7 @@ class PpoUpdate:
             "grad_norm_value": _finite_mean(value_norms),
             "optimizer_steps": float(steps - skipped),
             "skipped_steps": float(skipped),
-        }
+        } | {name: metrics[name] for name in ("loss_kl",) if name in metrics}
 
     def _minibatch(self, experience: Experience, indices: list[int]) -> Minibatch:
         lengths = [len(experience.tokens.sequences[i]) for i in indices]
@@ -169,11 +183,16 @@ class PpoUpdate:
         return [slice_batch(experience.tokens, [indices[i] for i in part], self.policy.device) for part in plan]
 
     @torch.no_grad()
-    def _old_logprobs(self, parts: Sequence[Slice], out_R: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Log-probs, written into `out_R`, log-sum-exps and entropies."""
+    def _old_logprobs(
+        self, parts: Sequence[Slice], out_R: torch.Tensor, exact_kl: StepKl | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Log-probs, written into `out_R`, log-sum-exps and entropies; has `exact_kl` measured on the way."""
         lse_R, entropy_R = torch.empty_like(out_R), torch.empty_like(out_R)
         for part in parts:
-            selected = response_logprobs(self.policy, part, self.config.temperature)
+            hidden_RD = response_hidden(self.policy, part)
+            selected = hidden_logprobs(self.policy, hidden_RD, part, self.config.temperature)
+            if exact_kl is not None:
+                exact_kl.measure(self.policy, hidden_RD, part)
             where = part.flat_R.cpu()
             for all_R, part_R in zip((out_R, lse_R, entropy_R), selected, strict=True):
                 all_R[where] = part_R.cpu()
@@ -199,17 +218,20 @@ class PpoUpdate:
         config = self.config
         tokens = _token_count(minibatch)
         names = ("loss_policy", "ratio", "approx_kl", "clipped_policy", "ratio_max")
-        sums: dict[str, float] = dict.fromkeys(names, 0.0)
+        penalty = targets.exact_kl if config.kl == "exact_loss" else None
+        sums: dict[str, float] = dict.fromkeys(names if penalty is None else (*names, "loss_kl"), 0.0)
         settings = PpoSettings(
             clip_low=config.clip_range, clip_high=config.clip_range, entropy_coefficient=config.entropy_coefficient
         )
         for part in minibatch:
-            old_R, lse_R, advantages_R, weights_R = _at(
-                part, targets.old_R, targets.old_lse_R, targets.advantages_R, targets.weights_R
+            old_R, lse_R, advantages_R, weights_R = part.take(
+                targets.old_R, targets.old_lse_R, targets.advantages_R, targets.weights_R
             )
             with torch.set_grad_enabled(move_policy):
-                loss, logprobs_R, _ = response_ppo_loss(
+                hidden_RD = response_hidden(self.policy, part)
+                loss, logprobs_R, _ = hidden_ppo_loss(
                     self.policy,
+                    hidden_RD,
                     part,
                     old_R,
                     advantages_R,
@@ -219,6 +241,10 @@ class PpoUpdate:
                     normalizer=tokens,
                     temperature=config.temperature,
                 )
+                if penalty is not None:
+                    kl_nats = penalty.total(self.policy, hidden_RD, part)
+                    loss = loss + config.kl_loss_coefficient / tokens * kl_nats
+                    sums["loss_kl"] += float(kl_nats.detach())
             if move_policy:
                 loss.backward()
                 self.policy_optimizer.accumulate()
@@ -237,7 +263,7 @@ class PpoUpdate:
             return sums
         for part in minibatch:
             values_R = response_values(self.value_model, part)
-            fixed = _at(part, targets.old_values_R, targets.returns_R)
+            fixed = part.take(targets.old_values_R, targets.returns_R)
             loss, statistics = value_terms(values_R, *fixed, clip_range=config.value_clip_range)
             (config.value_coefficient * loss / tokens).backward()
             self.value_optimizer.accumulate()
@@ -264,33 +290,6 @@ class PpoUpdate:
 
 def _token_count(minibatch: Minibatch) -> int:
     return sum(len(part.targets_R) for part in minibatch)
-
-
-def _at(part: Slice, *arrays_R: torch.Tensor) -> list[torch.Tensor]:
-    """The part's response tokens of arrays over the whole batch, on the part's device."""
-    where = part.flat_R.cpu()
-    return [array[where].to(part.flat_R.device) for array in arrays_R]
-
-
-def rollout_metrics(experience: Experience, targets: Targets) -> dict[str, float]:
-    """What the batch looked like before the update; KL in nats a sequence, by k1 and by k3."""
-    lengths_B = experience.lengths_B
-    episodes = len(lengths_B)
-    gap_R = (targets.old_R - experience.behaviour_R).abs()
-    return {
-        "score_mean": float(experience.scores_B.mean()),
-        "score_std": float(experience.scores_B.std(unbiased=False)),
-        "normalized_score_mean": float(experience.normalized_B.mean()),
-        "kl_nats_per_sequence": float(kl.k1(targets.old_R, experience.reference_R).sum()) / episodes,
-        "kl_k3_nats_per_sequence": float(kl.k3(targets.old_R, experience.reference_R).sum()) / episodes,
-        "entropy_mean": float(targets.entropy_R.mean()),
-        "explained_variance": explained_variance(targets.old_values_R, targets.returns_R),
-        "response_length_mean": float(lengths_B.float().mean()),
-        "eos_fraction": float(experience.ended_B.float().mean()),
-        "logprob_gap_mean": float(gap_R.mean()),
-        "logprob_gap_max": float(gap_R.max()),
-        "importance_weight_mean": float(targets.weights_R.mean()),
-    }
 
 
 def _finite_mean(values: Sequence[float]) -> float:

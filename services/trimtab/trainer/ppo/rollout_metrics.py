@@ -1,0 +1,29 @@
+"""What a step's rollouts looked like before the update; the names are those of docs/metrics.md."""
+
+from __future__ import annotations
+
+from trimtab.kernels import kl
+from trimtab.trainer.ppo.advantages import explained_variance
+from trimtab.trainer.ppo.experience import Experience
+from trimtab.trainer.ppo.update import Targets
+
+
+def rollout_metrics(experience: Experience, targets: Targets) -> dict[str, float]:
+    """Scores, KL in nats a sequence (by k1, by k3 and, where measured, exact), entropy, lengths and log-prob gaps."""
+    lengths_B = experience.lengths_B
+    episodes = len(lengths_B)
+    gap_R = (targets.old_R - experience.behaviour_R).abs()
+    return {
+        "score_mean": float(experience.scores_B.mean()),
+        "score_std": float(experience.scores_B.std(unbiased=False)),
+        "normalized_score_mean": float(experience.normalized_B.mean()),
+        "kl_nats_per_sequence": float(kl.k1(targets.old_R, experience.reference_R).sum()) / episodes,
+        "kl_k3_nats_per_sequence": float(kl.k3(targets.old_R, experience.reference_R).sum()) / episodes,
+        "entropy_mean": float(targets.entropy_R.mean()),
+        "explained_variance": explained_variance(targets.old_values_R, targets.returns_R),
+        "response_length_mean": float(lengths_B.float().mean()),
+        "eos_fraction": float(experience.ended_B.float().mean()),
+        "logprob_gap_mean": float(gap_R.mean()),
+        "logprob_gap_max": float(gap_R.max()),
+        "importance_weight_mean": float(targets.weights_R.mean()),
+    } | (targets.exact_kl.metrics(episodes) if targets.exact_kl is not None else {})
