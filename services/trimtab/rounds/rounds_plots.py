@@ -72,6 +72,8 @@ def _draw_rise(axes: Any, rounds: Sequence[RoundFigures], best_round: int) -> No
         va="top",
         color=AFTER,
         fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        zorder=2,
     )
     axes.axhline(50, color=ACCENT, linestyle=":", linewidth=1)
     axes.set(title="Over rounds", xlabel="round", ylabel="% of answers better than SFT's", ylim=(lowest - 9, 102))
