@@ -67,6 +67,7 @@ def _bind(config: LabelingConfig) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((config.host.strip("[]"), config.port))
+        bound.listen(2048)  # who asks before uvicorn is ready waits instead of being refused
     except OSError as error:
         bound.close()
         raise StartError(f"port: cannot listen on {config.host}:{config.port}: {error.strerror}") from None

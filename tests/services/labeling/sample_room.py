@@ -40,8 +40,14 @@ LONG = "\n\n".join(
     for i in range(1, 9)
 )
 SHORT = "You could count them by hand."
-HOSTILE = 'Sure! <script>document.title = "owned"</script> <img src=x onerror="document.title=1"> [click](javascript:alert(1))'
-CHINESE = "可以先把文本转换成小写，再按空白切分，最后用字典统计每个词出现的次数。例如：\n\n> “今天 天气 今天” → 今天 2 次，天气 1 次\n\n这样最清楚。"
+HOSTILE = (
+    'Sure! <script>document.title = "owned"</script> <img src=x onerror="document.title=1"> '
+    "[click](javascript:alert(1)) ![picture](https://example.com/x.png)"
+)
+CHINESE = (  # Chinese has commas and colons of its own
+    "可以先把文本转换成小写，再按空白切分，最后用字典统计每个词出现的次数。例如：\n\n"  # noqa: RUF001
+    "> “今天 天气 今天” → 今天 2 次，天气 1 次\n\n这样最清楚。"  # noqa: RUF001
+)
 
 
 def ranking_rows() -> list[dict]:

@@ -1,4 +1,4 @@
-"""Pictures of each screen: python tests/services/labeling/screens.py FOLDER [NAME …]; needs Chromium.
+"""Pictures of each screen: python -m tests.services.labeling.screens FOLDER [NAME …]; needs Chromium.
 
 Desktop and phone, light and dark, English and Chinese. Look at them after a change to templates or styles.
 """
@@ -7,9 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from browser import open_browser, run_server
 from playwright.sync_api import Browser, Page
-from sample_room import make
+
+from tests.services.labeling.browser import open_browser, run_server
+from tests.services.labeling.sample_room import make
 
 SIZES = {"desktop": {"width": 1360, "height": 860}, "phone": {"width": 390, "height": 844}}
 

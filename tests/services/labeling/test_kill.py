@@ -1,0 +1,104 @@
+"""A server killed with SIGKILL in the middle of a thousand submits loses nothing that it acknowledged."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+from tests.services.labeling.browser import start_server
+from trimtab.labeling.campaigns import CampaignPlan, create_campaign
+from trimtab.labeling.database import Database
+from trimtab.labeling.exporting import export_rows
+from trimtab.labeling.importing import import_rows
+from trimtab.labeling.judgments import submission_count
+from trimtab.labeling.labelers import add_labeler
+from trimtab.labeling.rows import read_rows
+from trimtab.labeling.vocabulary import Role
+
+SUBMITS = 1000
+KILL_AFTER = 400
+WORKERS = 8
+
+
+class Labelers:
+    """Eight programs that label over the API as fast as they can, and ask again whatever was not answered."""
+
+    def __init__(self, port: int, tokens: list[str]) -> None:
+        self.port = port
+        self.tokens = tokens
+        self.acknowledged: list[tuple[int, str]] = []
+        self.lock = threading.Lock()
+        self.reached = threading.Event()
+        self.server_is_back = threading.Event()
+
+    def work(self, worker: int) -> None:
+        while (task := self._post(worker, "/api/v1/campaigns/c/next", {})) is not None:
+            key = f"key-{worker}-{task['id']}"
+            receipt = self._post(worker, f"/api/v1/tasks/{task['id']}/judgment", {"key": key, "ranks": [2, 1, 1, 3]})
+            with self.lock:
+                self.acknowledged.append((receipt["task_id"], key))
+                if len(self.acknowledged) == KILL_AFTER:
+                    self.reached.set()
+
+    def _post(self, worker: int, path: str, body: dict):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
+            {"authorization": f"Bearer {self.tokens[worker]}", "content-type": "application/json"},
+        )
+        for _ in range(5):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                raise AssertionError(f"{path}: {error.code} {error.read()[:300]}") from error
+            except OSError:
+                assert self.server_is_back.wait(60)
+        raise AssertionError("the server did not come back")
+
+
+def test_every_acknowledged_ranking_is_there_once_after_sigkill(database_url, now):
+    database = Database(database_url)
+    database.migrate()
+    with database.write() as session:
+        tokens = [add_labeler(session, f"p{i}", Role.LABELER, now)[1] for i in range(WORKERS)]
+        create_campaign(session, CampaignPlan("c"), None, datetime.now(UTC))
+    rows = [{"prompt": f"p{i}", "responses": [f"{i}.{j}" for j in range(4)], "task": f"t{i}"} for i in range(SUBMITS)]
+    import_rows(database, "c", read_rows(json.dumps(row) for row in rows), now)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+
+    server, _ = start_server(database_url, port=port)
+    labelers = Labelers(port, tokens)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        workers = [pool.submit(labelers.work, i) for i in range(WORKERS)]
+        while not labelers.reached.wait(0.5):
+            assert not any(worker.done() for worker in workers), [worker.exception() for worker in workers]
+        os.kill(server.pid, signal.SIGKILL)
+        server.wait()
+        with labelers.lock:
+            before_restart = list(labelers.acknowledged)
+        with database.read() as session:
+            found = submission_count(session)
+        assert found >= len(before_restart) >= KILL_AFTER
+        server, _ = start_server(database_url, port=port)
+        labelers.server_is_back.set()
+        for worker in workers:
+            worker.result()
+    server.terminate()
+    assert server.wait(timeout=20) == 0
+
+    exported = Counter(row["task"] for row in export_rows(database, "c"))
+    assert len(before_restart) < SUBMITS
+    assert exported == dict.fromkeys((f"t{i}" for i in range(SUBMITS)), 1)
+    assert len(labelers.acknowledged) == SUBMITS == len({key for _, key in labelers.acknowledged})
+    with database.read() as session:
+        assert submission_count(session) == SUBMITS
+    database.close()
