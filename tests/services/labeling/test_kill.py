@@ -39,7 +39,7 @@ class Labelers:
 
     def work(self, worker: int) -> None:
         while (task := self._post(worker, "/api/v1/campaigns/c/next", {})) is not None:
-            key = f"key-{worker}-{task['id']}"
+            key = f"submit-{worker}-{task['id']}"
             receipt = self._post(worker, f"/api/v1/tasks/{task['id']}/judgment", {"key": key, "ranks": [2, 1, 1, 3]})
             with self.lock:
                 self.acknowledged.append((receipt["task_id"], key))
