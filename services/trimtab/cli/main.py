@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -49,6 +50,7 @@ def options(
 
 def main() -> None:
     """Run the command line and exit: 0, 1 with one line on stderr for an expected error, 2 for wrong usage."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own remarks about closed connections are not for people
     try:
         app()
     except Exception as error:
