@@ -1,6 +1,7 @@
 """`trimtab rounds` and `trimtab compare` as a user runs them: a miniature always, two real rounds as a long proof."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -163,6 +164,26 @@ def test_killed_inside_ppo_and_between_stages_it_goes_on_where_it_was(miniature)
     assert journal.done("1/ppo").outputs["run"] == "mini-r1-ppo-attempt2"
     lineage = open_store(str(folder / "store")).get("mini", "policy", 1).lineage
     assert lineage["from"].startswith("mini-r1-ppo-attempt2/policy@")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the trainer's process in /proc")
+def test_a_trainer_that_dies_inside_ppo_costs_an_attempt_and_not_the_run(miniature, tmp_path):
+    recipe, _ = miniature
+    folder = tmp_path / "run"
+    process = start(recipe, folder)
+    deadline = time.monotonic() + 300
+    while not (folder / "runs" / "mini-r1-ppo" / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    config = str(folder / "services" / "trainer.yaml").encode()
+    (trainer,) = (path for path in Path("/proc").glob("[0-9]*/cmdline") if config in path.read_bytes().split(b"\0"))
+    os.kill(int(trainer.parent.name), signal.SIGKILL)
+    assert process.wait(timeout=200) == 0
+    journal = Journal(folder)
+    assert done_stages(folder) == STAGES and journal.attempts("1/ppo") == 2
+    assert any(event.event == "failed" and "the trainer was gone" in event.detail for event in journal.events)
 
 
 @pytest.mark.slow
