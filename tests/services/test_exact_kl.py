@@ -177,5 +177,6 @@ async def test_hidden_states_beyond_one_message_come_in_parts_from_all_replicas_
     for ids, prompt in zip(sequences, prompts, strict=True):
         with torch.no_grad():
             want.append(body(torch.tensor(ids[None].astype(np.int64))).last_hidden_state[0, prompt - 1 : -1])
+    assert answer.hidden is not None
     got = torch.from_numpy(answer.hidden.view(np.int16).copy()).view(torch.bfloat16).float()
     torch.testing.assert_close(got, torch.cat(want), rtol=2**-8, atol=1e-4)

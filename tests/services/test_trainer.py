@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import grpc
 import grpc.aio
 import numpy as np
 import pytest
@@ -231,6 +232,9 @@ class CountingReward(reward_pb2_grpc.RewardServiceServicer, model_pb2_grpc.Model
 
     async def GetModel(self, request, context):
         return model_pb2.GetModelResponse(model=model_pb2.ModelInfo(tokenizer_digest=self.digest))
+
+    async def LoadVersion(self, request, context):
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "a gold function never moves")
 
     async def Score(self, request, context):
         tokens = RaggedTokens.from_proto(request.tokens.tokens)
