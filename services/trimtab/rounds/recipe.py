@@ -55,6 +55,24 @@ class FileRanking(_Section):
     poll_s: Annotated[float, Field(gt=0)] = 5.0
 
 
+class PeopleRanking(_Section):
+    """Rankings by people on the labeling page at `address`; `token_file` holds a lead's access token.
+
+    Attributes:
+        minimum: people that rank each set.
+        guideline: a Markdown file that tells them what to go by; "" is the page's own text.
+        held_out: share of the sets whose rankings check the reward model instead of training it.
+    """
+
+    source: Literal["people"]
+    address: str
+    token_file: str
+    minimum: Annotated[int, Field(ge=1, le=100)] = 1
+    guideline: str = ""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    poll_s: Annotated[float, Field(gt=0)] = 5.0
+
+
 class SimulatedRanking(_Section):
     """A simulated labeler: `gold` scores the answers, `noise` (in the gold score's own units) spoils their order.
 
@@ -115,7 +133,7 @@ class Recipe(_Section):
     rounds: Annotated[int, Field(ge=1)]
     sft: dict[str, Any]
     sample: SampleSection
-    rank: Annotated[FileRanking | SimulatedRanking, Field(discriminator="source")]
+    rank: Annotated[FileRanking | PeopleRanking | SimulatedRanking, Field(discriminator="source")]
     reward: dict[str, Any] = {}
     ppo: PpoSection
     evaluate: EvaluateSection
@@ -147,6 +165,10 @@ class Recipe(_Section):
         }
         if isinstance(self.rank, FileRanking):
             update["rank"] = self.rank.model_copy(update={"file": str((folder / self.rank.file).resolve())})
+        elif isinstance(self.rank, PeopleRanking):
+            files = {name: getattr(self.rank, name) for name in ("token_file", "guideline")}
+            found = {name: str((folder / file).resolve()) for name, file in files.items() if file}
+            update["rank"] = self.rank.model_copy(update=found)
         else:
             update["rank"] = self.rank.model_copy(update={"gold": spec_with_paths(self.rank.gold, folder)})
         return self.model_copy(update=update)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from trimtab.labeling.client import LabelingClient
 from trimtab.rounds.answers import draw, read_prompts
 from trimtab.rounds.journal import StageResult
 from trimtab.rounds.ranking.file_source import FileSource
+from trimtab.rounds.ranking.people_source import PeopleSource
 from trimtab.rounds.ranking.simulated_labeler import SimulatedLabeler
 from trimtab.rounds.ranking.source import (
     AnswerSet,
@@ -20,7 +22,7 @@ from trimtab.rounds.ranking.source import (
     read_json_rows,
     write_rows,
 )
-from trimtab.rounds.recipe import FileRanking, SimulatedRanking
+from trimtab.rounds.recipe import FileRanking, PeopleRanking, SimulatedRanking
 from trimtab.rounds.stages.context import RoundsContext, write_version
 from trimtab_client import GeneratorClient
 
@@ -86,6 +88,15 @@ def ranking_source(context: RoundsContext, number: int) -> RankingSource:
     rank = context.recipe.rank
     if isinstance(rank, FileRanking):
         return FileSource(Path(rank.file.replace("{round}", str(number))), rank.minimum, rank.poll_s)
+    if isinstance(rank, PeopleRanking):
+        return PeopleSource(
+            LabelingClient(rank.address, Path(rank.token_file).read_text().strip()),
+            f"{context.recipe.name}-r{number}".lower(),
+            minimum=rank.minimum,
+            title=f"{context.recipe.name}, round {number}",
+            guideline=Path(rank.guideline).read_text() if rank.guideline else "",
+            poll_s=rank.poll_s,
+        )
     assert isinstance(rank, SimulatedRanking)
     return SimulatedLabeler(
         context.scorer(rank.gold),

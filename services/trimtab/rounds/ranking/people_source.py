@@ -1,0 +1,75 @@
+"""Rankings by people on the labeling page: a round's sets become a campaign, and the run waits for it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from trimtab.labeling.client import LabelingClient, UnreachableError
+from trimtab.labeling.errors import ConflictError
+from trimtab.rounds.ranking.source import AnswerSet, Collected, RankedSet
+
+FEWEST_SETS = 2  # one to train on, one to check on
+
+
+class PeopleSource:
+    """Has the sets ranked in the campaign `campaign`, each by `minimum` people.
+
+    A lead who closes the campaign ends the wait with what is ranked by then. A server that is away is asked again.
+    Where a lead decided between people, only that decision counts.
+    """
+
+    def __init__(
+        self, client: LabelingClient, campaign: str, *, minimum: int, title: str, guideline: str, poll_s: float
+    ) -> None:
+        self.poll_s = poll_s
+        self.inputs = {"page": client.address, "campaign": campaign}
+        self._client = client
+        self._campaign = campaign
+        self._plan = {"name": campaign, "title": title, "guideline": guideline, "overlap": minimum}
+        self._minimum = minimum
+        self._is_offered = False
+
+    def offer(self, sets: Sequence[AnswerSet], offered: Path) -> None:
+        """Make the campaign with the sets as tasks; what is there already stays."""
+        with suppress(UnreachableError):  # `poll` offers again
+            self._offer(sets)
+
+    def poll(self, sets: Sequence[AnswerSet]) -> Collected:
+        """What people have ranked by now."""
+        try:
+            if not self._is_offered:
+                self._offer(sets)
+            rankings = self._rankings(sets)
+            is_closed = self._client.campaign(self._campaign)["state"] == "closed"
+        except UnreachableError as error:
+            return Collected((), str(error))
+        counts: dict[str, int] = defaultdict(int)
+        for ranked in rankings:
+            counts[ranked.answers.task] += 1
+        done = sum(counts[answers.task] >= self._minimum for answers in sets)
+        if done == len(sets) or (is_closed and len(counts) >= min(FEWEST_SETS, len(sets))):
+            return Collected(rankings)
+        each = f" by {self._minimum} people" if self._minimum > 1 else ""
+        return Collected(
+            (), f"{done} of {len(sets)} sets are ranked{each} on {self._client.address}/c/{self._campaign}"
+        )
+
+    def _offer(self, sets: Sequence[AnswerSet]) -> None:
+        with suppress(ConflictError):  # an earlier attempt made it
+            self._client.create_campaign(self._plan | {"responses_per_task": len(sets[0].responses)})
+        self._client.add_rows(self._campaign, [answers.row() for answers in sets])
+        self._is_offered = True
+
+    def _rankings(self, sets: Sequence[AnswerSet]) -> tuple[RankedSet, ...]:
+        by_task = {answers.task: answers for answers in sets}
+        rows = self._client.rows(self._campaign, resolve=True)
+        return tuple(_ranked(row, by_task[row["task"]]) for row in rows if row["task"] in by_task)
+
+
+def _ranked(row: dict[str, Any], answers: AnswerSet) -> RankedSet:
+    assert tuple(row["responses"]) == answers.responses, f"{answers.task} has other responses on the page"
+    return RankedSet(answers, tuple(row["ranks"]), row["labeler"])

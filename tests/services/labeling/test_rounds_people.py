@@ -1,0 +1,123 @@
+"""People as a round's source of rankings: the run makes a campaign, waits for the page, and takes what was said."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from sqlalchemy import delete
+
+from tests.services.labeling.browser import start_server
+from trimtab.labeling.campaigns import change_campaign, find_campaign
+from trimtab.labeling.client import LabelingClient
+from trimtab.labeling.database import Database
+from trimtab.labeling.judgments import Draft, submit
+from trimtab.labeling.labelers import add_labeler, find_labeler
+from trimtab.labeling.leases import next_task
+from trimtab.labeling.tables import Campaign
+from trimtab.labeling.vocabulary import Role
+from trimtab.rounds.ranking.people_source import PeopleSource
+from trimtab.rounds.ranking.source import AnswerSet
+
+SETS = [AnswerSet(f"s-r1-{i}", f"p{i} \u2028", tuple("abcd"), (True, True, False, True)) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(database, its path, client, process, address) of a real server; ann and bob label, lea leads."""
+    now = datetime.now(UTC)
+    path = str(tmp_path_factory.mktemp("people") / "labels.sqlite")
+    database = Database(path)
+    database.migrate()
+    with database.write() as session:
+        tokens = {
+            name: add_labeler(session, name, role, now)[1]
+            for name, role in (("lea", Role.LEAD), ("ann", Role.LABELER), ("bob", Role.LABELER))
+        }
+    process, address = start_server(path)
+    yield database, path, LabelingClient(address, tokens["lea"], timeout_s=10), process, address
+    process.kill()
+    process.wait()
+    database.close()
+
+
+@pytest.fixture
+def page(served):
+    """(database, client), the campaign of an earlier test gone."""
+    database, _, client, _, _ = served
+    with database.write() as session:
+        session.execute(delete(Campaign).where(Campaign.name == "s-r1"))
+    return database, client
+
+
+def source(client: LabelingClient, minimum: int = 1) -> PeopleSource:
+    return PeopleSource(client, "s-r1", minimum=minimum, title="s, round 1", guideline="", poll_s=0.1)
+
+
+def rank_next(database: Database, name: str, now) -> None:
+    """One ranking by a person: the answer "d" first, "a" and "b" tied, "c" last."""
+    with database.write() as session:
+        person = find_labeler(session, name)
+        lease = next_task(session, find_campaign(session, "s-r1"), person, now)
+        wanted = {0: 2, 1: 2, 2: 3, 3: 1}
+        draft = Draft(f"key-{name}-{lease.task_id}", ranks=tuple(wanted[position] for position in lease.order))
+        submit(session, lease.task_id, person, draft, now)
+
+
+def test_a_round_waits_for_people_and_takes_their_rankings(page, now):
+    database, client = page
+    people = source(client, minimum=2)
+    for _ in range(2):  # a restart offers again
+        people.offer(SETS, Path("unused"))
+    assert "0 of 3 sets are ranked by 2 people" in people.poll(SETS).waiting
+    for _ in SETS:
+        rank_next(database, "ann", now)
+    assert "0 of 3" in people.poll(SETS).waiting
+    for _ in SETS:
+        rank_next(database, "bob", now)
+    collected = people.poll(SETS)
+    assert collected.waiting == "" and len(collected.rankings) == 6
+    assert {ranked.ranks for ranked in collected.rankings} == {(2, 2, 3, 1)}
+    assert {(ranked.answers.task, ranked.labeler) for ranked in collected.rankings} == {
+        (answers.task, name) for answers in SETS for name in ("ann", "bob")
+    }
+
+
+def test_closing_the_campaign_ends_the_wait(page, now):
+    database, client = page
+    people = source(client)
+    people.offer(SETS, Path("unused"))
+    rank_next(database, "ann", now)
+    rank_next(database, "ann", now)
+    assert "2 of 3" in people.poll(SETS).waiting
+    with database.write() as session:
+        change_campaign(session, "s-r1", {"state": "closed"})
+    assert len(people.poll(SETS).rankings) == 2
+
+
+def test_the_exported_rankings_of_a_round_are_what_the_file_source_reads(page, now, tmp_path):
+    from trimtab.rounds.ranking.file_source import FileSource
+
+    database, client = page
+    people = source(client)
+    people.offer(SETS, Path("unused"))
+    for _ in SETS:
+        rank_next(database, "ann", now)
+    file = tmp_path / "rankings.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in client.rows("s-r1")))
+    assert FileSource(file, 1, 0).poll(SETS) == people.poll(SETS)
+
+
+def test_a_page_that_is_away_delays_the_round_and_nothing_else(served, page):
+    _, path, client, process, address = served
+    process.kill()
+    process.wait()
+    people = source(client)
+    people.offer(SETS, Path("unused"))
+    assert "does not answer" in people.poll(SETS).waiting
+    again, _ = start_server(path, port=int(address.rpartition(":")[2]))
+    try:
+        assert "0 of 3" in people.poll(SETS).waiting
+    finally:
+        again.kill()
+        again.wait()
