@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from trimtab.rounds.launchers.local import Supervisor
-from trimtab.rounds.launchers.services import service_process
+from trimtab.rounds.launchers.process import LaunchError, is_serving
+from trimtab.rounds.launchers.services import SERVICES, service_process
 from trimtab_client import GeneratorClient, ModelVersion, RewardClient
+
+RESTART_S = 120.0
 
 
 class RoundServices:
@@ -34,8 +38,16 @@ class RoundServices:
         return self._addresses["trainer"]
 
     def trainer_is_back(self) -> None:
-        """Return once a trainer that died serves again; LaunchError if it does not."""
-        self._supervisor.wait_ready("trainer")
+        """Return once a trainer that died serves again; LaunchError if it does not.
+
+        The trainer itself is asked: the supervisor may not have noticed yet that it died.
+        """
+        deadline = time.monotonic() + RESTART_S
+        while not is_serving(self._addresses["trainer"], SERVICES["trainer"].health_service):
+            self._supervisor.raise_failure("trainer")
+            if time.monotonic() >= deadline:
+                raise LaunchError(f"the trainer did not come back within {RESTART_S:g} s")
+            time.sleep(0.2)
 
     def generator(self, version: ModelVersion) -> str:
         """A generator that serves a policy."""
