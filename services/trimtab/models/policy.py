@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.models import attention, layouts, norms, rotary
+from trimtab.models import attention, last_layer, layouts, norms, rotary
 from trimtab.models.folders import check_vocabulary, load_pretrained, max_length_of, save_pretrained
 from trimtab.models.packing import PackedBatch
 from trimtab.models.tokenizers import eos_token_ids, load_tokenizer, tokenizer_digest
@@ -40,6 +40,7 @@ class Policy:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         norms.shorten(model)
         rotary.shorten(model)
+        last_layer.shorten(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.source = source
@@ -57,9 +58,9 @@ class Policy:
         layouts.check_packing(model, body_forward, source)
         return cls(model, load_tokenizer(source), source)
 
-    def hidden(self, packed: PackedBatch) -> torch.Tensor:
-        """Last hidden states [N, D] of a packed row."""
-        return body_forward(self.model, packed)
+    def hidden(self, packed: PackedBatch, wanted_R: torch.Tensor | None = None) -> torch.Tensor:
+        """Last hidden states of a packed row: [N, D], or [R, D] at the positions `wanted_R`."""
+        return body_forward(self.model, packed, wanted_R)
 
     @property
     def head(self) -> LMHead:
@@ -99,12 +100,18 @@ class Policy:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def body_forward(model: PreTrainedModel, packed: PackedBatch) -> torch.Tensor:
-    """Run a model's body (all but its head) on a packed row; returns [N, D]."""
+def body_forward(model: PreTrainedModel, packed: PackedBatch, wanted_R: torch.Tensor | None = None) -> torch.Tensor:
+    """Run a model's body (all but its head) on a packed row.
+
+    Returns the last hidden states [N, D], or [R, D] at the positions `wanted_R` of the row.
+    """
+    short = wanted_R is not None and last_layer.is_short(model)
     outputs = model.base_model(
         input_ids=packed.token_ids_N[None],
         position_ids=packed.position_ids_N[None],
         use_cache=False,
         packed=packed,
+        **({"wanted_R": wanted_R} if short else {}),
     )
-    return outputs.last_hidden_state[0]
+    hidden = outputs.last_hidden_state[0]
+    return hidden if wanted_R is None or short else hidden.index_select(0, wanted_R)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.models import attention, layouts, norms, rotary
+from trimtab.models import attention, last_layer, layouts, norms, rotary
 from trimtab.models.errors import ModelLoadError
 from trimtab.models.folders import check_vocabulary, load_pretrained, max_length_of, save_pretrained
 from trimtab.models.packing import PackedBatch
@@ -32,6 +32,7 @@ class ScalarModel:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         norms.shorten(model)
         rotary.shorten(model)
+        last_layer.shorten(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.source = source
@@ -81,9 +82,9 @@ class ScalarModel:
                 model.score.bias.zero_()
         return cls(model.to(policy.device), policy.tokenizer, policy.source)
 
-    def scores(self, packed: PackedBatch) -> torch.Tensor:
-        """Raw score at every token, float32 [N]."""
-        hidden_ND = body_forward(self.model, packed)
+    def scores(self, packed: PackedBatch, wanted_R: torch.Tensor | None = None) -> torch.Tensor:
+        """Raw score at every token, float32 [N], or [R] at the positions `wanted_R` of the row."""
+        hidden_ND = body_forward(self.model, packed, wanted_R)
         head: Any = self.model.score
         bias = None if head.bias is None else head.bias.float()
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -93,7 +94,7 @@ class ScalarModel:
 
     def last_token_scores(self, packed: PackedBatch) -> torch.Tensor:
         """Raw score of each sequence, read at its last token, float32 [B]."""
-        return self.scores(packed)[packed.last_tokens_B]
+        return self.scores(packed, packed.last_tokens_B)
 
     def normalized(self, scores: torch.Tensor) -> torch.Tensor:
         """(score − mean) / std."""

@@ -49,7 +49,7 @@ def respond(policy: Policy, items: Sequence[ReferenceItem]) -> list[ReferenceRes
     with torch.inference_mode():
         packed = pack([item.token_ids for item in items], policy.device)
         positions_N = torch.as_tensor(response_positions(lengths, prompts), device=policy.device)
-        hidden_ND = policy.hidden(packed)[positions_N]
+        hidden_ND = policy.hidden(packed, positions_N)
         temperatures = np.repeat([item.temperature for item in items], responses)
         head = policy.head
         selected = selected_logprobs(

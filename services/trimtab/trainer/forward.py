@@ -93,7 +93,7 @@ def response_logprobs(policy: Policy, part: Slice, temperature: float = 1.0) -> 
 
 def response_hidden(policy: Policy, part: Slice) -> torch.Tensor:
     """The hidden state that predicts each response token, [R, D]."""
-    return policy.hidden(part.packed).index_select(0, part.positions_R)
+    return policy.hidden(part.packed, part.positions_R)
 
 
 def hidden_logprobs(policy: Policy, hidden_RD: torch.Tensor, part: Slice, temperature: float = 1.0) -> SelectedLogprobs:
@@ -177,7 +177,7 @@ def _head_options(head: LMHead, temperature: float) -> dict[str, Any]:
 
 def response_values(value_model: ScalarModel, part: Slice) -> torch.Tensor:
     """V_t of each response token, read at the token before it, normalised, [R]."""
-    return value_model.normalized(value_model.scores(part.packed))[part.positions_R]
+    return value_model.normalized(value_model.scores(part.packed, part.positions_R))
 
 
 def prepare_for_training(model: torch.nn.Module, *, activation_checkpointing: bool) -> None:
