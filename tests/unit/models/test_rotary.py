@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from trimtab.models.rotary import RotaryFunction, apply_rotary, shorten
+from trimtab.models.rotary import apply_rotary, shorten
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -36,8 +36,14 @@ def test_turned_queries_and_keys_and_their_gradients_are_those_of_transformers(d
 
 def test_gradients_are_the_derivative():
     q, _, cos, sin = inputs(torch.float64)
-    cos, sin = cos[..., :4].unsqueeze(1), sin[..., :4].unsqueeze(1)
-    assert torch.autograd.gradcheck(lambda x: RotaryFunction.apply(x, cos, sin), (q,))
+    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, x, cos, sin)[0], (q,))
+
+
+def test_narrower_angles_turn_the_first_places_only():
+    q, k, cos, sin = inputs(torch.float64)
+    wide_q, wide_k = (torch.cat((x, x[..., :3]), -1) for x in (q, k))
+    for wide, turned, narrow in zip((wide_q, wide_k), apply_rotary(wide_q, wide_k, cos, sin), (q, k), strict=True):
+        assert torch.equal(turned, torch.cat((apply_rotary(narrow, narrow, cos, sin)[0], wide[..., -3:]), -1))
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(**SMALL, **HEADS), Qwen3Config(**SMALL, **HEADS, head_dim=8)])
