@@ -1,9 +1,9 @@
-"""What a stage gets from the service that runs it: the store, the run, a folder, the device, and how to publish."""
+"""What a stage gets from the service that runs it: the store, the run, its folder and state, the device; publishing."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,16 @@ import torch
 
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
-from trimtab.trainer.run import Run
+from trimtab.trainer.metrics import MetricWriter, reported
+from trimtab.trainer.run import Run, RunState, StopRun
+from trimtab.trainer.run_record import RunFolder
+from trimtab.trainer.state import Checkpoints, TrainingState
 from trimtab.weights.sources import ResolvedSource, resolve_source
 from trimtab.weights.store import Store
 from trimtab_client import ModelVersion
+
+AVERAGE = "policy-ema"
+"""The name under which a policy's moving average is published, just before the policy itself."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class StageContext:
     """Everything around a stage.
 
     Attributes:
-        folder: where the run's metrics and reports go.
+        folder: where the run's metrics and reports go, and in `state` what a resume needs.
         threads: compute threads while the trainer alone works.
         keep_versions: newest versions of a run that stay in the store.
     """
@@ -35,8 +41,45 @@ class StageContext:
     keep_versions: int
 
     def resolve(self, source: str) -> ResolvedSource:
-        """A folder, hub id or "version:RUN/NAME[@STEP]" as a folder or id to load."""
-        return resolve_source(source, self.store)
+        """A folder, hub id or "version:RUN/NAME[@STEP]" as a folder or id to load; a resumed run gets the same."""
+        found = resolve_source(self.state.pinned(source), self.store)
+        if found.manifest is not None:
+            self.state.pin(source, f"version:{found.version}")
+        return found
+
+    @property
+    def state(self) -> RunFolder:
+        """The run's identity, checkpoints and journal on disk."""
+        return RunFolder(self.folder)
+
+    def restore(self) -> TrainingState | None:
+        """The newest durable state of this run; None where it starts from the beginning."""
+        return Checkpoints(self.state.checkpoints).newest()
+
+    def save(self, state: TrainingState) -> None:
+        """Make a state durable."""
+        self.run.doing(f"saving the state of step {state.step}")
+        Checkpoints(self.state.checkpoints).save(state)
+
+    def between_steps(
+        self, step: int, every: int, take: Callable[[], TrainingState], publish: Callable[[], ModelVersion]
+    ) -> None:
+        """Save every so many steps, and before a requested checkpoint is published or a stop ends the run.
+
+        So no version is ever newer than what a resume replays. Raises StopRun.
+        """
+        if step % every == 0:
+            self.save(take())
+
+        def publish_durably() -> ModelVersion:
+            self.save(take())
+            return publish()
+
+        try:
+            self.run.between_steps(publish_durably)
+        except StopRun:
+            self.save(take())
+            raise
 
     def publish(
         self,
@@ -59,6 +102,36 @@ class StageContext:
         self.store.prune(run_id, name, keep_last=self.keep_versions)
         return manifest.version
 
+    def end(self, state: RunState) -> None:
+        """Note how the run ended; one that succeeded needs its checkpoints and journal no more."""
+        self.state.end(state.name.lower())
+        if state is RunState.SUCCEEDED:
+            Checkpoints(self.state.checkpoints).clear()
+            self.state.journal.unlink(missing_ok=True)
+
+    def open_metrics(self, total_steps: int, done_steps: int) -> MetricWriter:
+        """The writer of the run's metrics, which goes on behind the steps that are done; 0 for a run that begins."""
+        known = reported(self.folder, total_steps, done_steps)
+        self.run.plan(total_steps)
+        self.run.recall(known, published_before(self.run.snapshot.run_id, self.store) if done_steps else [])
+        return MetricWriter(self.run, self.folder, known)
+
     def use_threads(self) -> None:
         """Take the trainer's whole thread budget (it alone works now)."""
         torch.set_num_threads(self.threads)
+
+
+def recall_run(run_id: str, stage: str, folder: Path, store: Store) -> Run:
+    """A run that succeeded before this process, as far as its metrics and versions tell."""
+    run = Run(run_id, stage)
+    known = reported(folder)
+    run.plan(known[-1].step if known else 0)
+    run.recall(known, published_before(run_id, store))
+    run.finish(RunState.SUCCEEDED)
+    return run
+
+
+def published_before(run_id: str, store: Store) -> list[ModelVersion]:
+    """Versions of a run that the store holds, by step, an average before the model it is of."""
+    versions = [manifest.version for manifest in store.versions(run_id)]
+    return sorted(versions, key=lambda version: (version.step, version.name != AVERAGE))

@@ -1,29 +1,41 @@
-"""Where the metrics of a step go: a JSONL file, TensorBoard, Prometheus, and the run's watchers; one name each."""
+"""Where the metrics of a step go: a JSONL file, TensorBoard, Prometheus, and the run's watchers; one name each.
+
+A run that goes on takes up the rows it wrote before: each step is there once.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from prometheus_client import Gauge
 from torch.utils.tensorboard import SummaryWriter
 
+from trimtab.trainer.durable import write_bytes
 from trimtab.trainer.run import Run, StepMetrics
 
 METRIC = Gauge("trimtab_trainer_metric", "Newest value of a training metric.", ["run_id", "stage", "metric"])
 
 
 class MetricWriter:
-    """Writes each step's metrics to `folder`/metrics.jsonl and `folder`/tensorboard, and hands them to the run."""
+    """Writes each step's metrics to `folder`/metrics.jsonl and `folder`/tensorboard, and hands them to the run.
 
-    def __init__(self, run: Run, folder: Path) -> None:
+    Attributes:
+        last_step: of the rows so far; 0 for none.
+    """
+
+    def __init__(self, run: Run, folder: Path, known: Sequence[StepMetrics] = ()) -> None:
+        """`known` are the steps that `reported` gave."""
         folder.mkdir(parents=True, exist_ok=True)
         self._run = run
+        self.last_step = known[-1].step if known else 0
         self._lines = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.last_step + 1 if known else None)
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -42,4 +54,31 @@ class MetricWriter:
         for name, value in values.items():
             self._board.add_scalar(f"{snapshot.stage}/{name}", value, step)
             METRIC.labels(snapshot.run_id, snapshot.stage, name).set(value)
+        self.last_step = step
         self._run.report(StepMetrics(step, total_steps, values, now))
+
+
+def reported(folder: Path, total_steps: int | None = None, up_to_step: int | None = None) -> list[StepMetrics]:
+    """The steps in `folder`/metrics.jsonl; those after `up_to_step`, which will be computed again, are taken out."""
+    rows = keep_rows(folder / "metrics.jsonl", up_to_step)
+    total = total_steps if total_steps is not None else max((row["step"] for row in rows), default=0)
+    return [_event(row, total) for row in rows]
+
+
+def keep_rows(path: Path, up_to_step: int | None) -> list[dict[str, Any]]:
+    """Rewrite a JSONL file without a last line that a kill cut off, and without rows of later steps; its rows."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    kept = [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
+    if len(kept) < len(lines):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        write_bytes(path, text.encode())
+    return kept
+
+
+def _event(row: dict[str, Any], total_steps: int) -> StepMetrics:
+    names = row.keys() - {"run_id", "stage", "step", "time"}
+    values = {name: math.nan if row[name] is None else float(row[name]) for name in row if name in names}
+    return StepMetrics(row["step"], total_steps, values, datetime.fromisoformat(row["time"]))

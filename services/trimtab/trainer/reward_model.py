@@ -7,6 +7,7 @@ score mean 0 and deviation 1 on reference samples. The loss is in `reward_loss`,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
@@ -26,8 +27,8 @@ from trimtab.trainer.data import (
     tokenize_prompts,
     tokenize_rankings,
 )
+from trimtab.trainer.epochs import EpochOrder
 from trimtab.trainer.forward import prepare_for_training
-from trimtab.trainer.metrics import MetricWriter
 from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
 from trimtab.trainer.reward_loss import accumulate_pair_loss
 from trimtab.trainer.reward_plots import write_report
@@ -36,6 +37,7 @@ from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.sft import load_policy, tell_what_was_cut
 from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import RewardModelConfig
+from trimtab.trainer.state import TrainingState, restore_trained, trained_tensors
 from trimtab_client import GeneratorClient, ModelVersion, Sampling
 
 
@@ -48,44 +50,50 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
     limit = min(stage.max_length, model.max_length)
     train = read_rankings(config.data, model, limit)
     validation = read_rankings(config.validation_data, model, limit) if config.validation_data else None
+    sequences = (sequence.token_ids_T for ranking in train for sequence in ranking.sequences)
+    context.state.check_data("data", itertools.chain(sequences, (ranking.ranks_K for ranking in train)))
     prepare_for_training(model.model, activation_checkpointing=stage.activation_checkpointing)
     optimizer = MasterWeightOptimizer(model.model, stage.optimizer, masters)
     context.use_threads()
 
-    steps_per_epoch = -(-len(train) // config.batch_prompts)
-    total_steps = config.epochs * steps_per_epoch
-    context.run.plan(total_steps)
-    order = np.random.default_rng(stage.seed)
+    order = EpochOrder(len(train), config.batch_prompts, config.epochs, stage.seed)
+    done_steps, loss = 0, float("nan")
+    saved = context.restore()
+    if saved is not None:
+        restore_trained(model.model, optimizer, saved.tensors["reward"])
+        done_steps, loss = saved.step, saved.values["loss"]
 
     def publish(step: int, metrics: dict[str, float]) -> ModelVersion:
         lineage = {"stage": "reward_model", "data": config.data, "start": stage.model}
         return context.publish(model, "reward", step, lineage=lineage, metrics=metrics)
 
+    def state(step: int, loss: float) -> TrainingState:
+        return TrainingState(step, {"loss": loss}, {"reward": trained_tensors(model.model, optimizer)})
+
     with (
-        MetricWriter(context.run, context.folder) as writer,
+        context.open_metrics(order.total_steps, done_steps) as writer,
         closing(SideBySide(context.device, context.threads)) as side_by_side,
     ):
-        step, loss = 0, float("nan")
-        for _ in range(config.epochs):
-            permutation = order.permutation(len(train))
-            for start in range(0, len(train), config.batch_prompts):
-                rate = learning_rate(stage.optimizer, step, total_steps)
-                batch = [train[i] for i in permutation[start : start + config.batch_prompts]]
-                context.run.doing("training")
-                result = accumulate_pair_loss(model, batch, stage.micro_batch_tokens, optimizer, side_by_side)
-                norm, loss = optimizer.step(rate), result.loss
-                step += 1
-                metrics = {"loss": loss, "pair_accuracy": result.accuracy}
-                metrics |= {"grad_norm_policy": norm, "learning_rate": rate}
-                if validation and step % config.evaluate_every_steps == 0 and step < total_steps:
-                    context.run.doing("evaluating on held-out rankings")
-                    held_out = score_held_out(model, validation, stage.micro_batch_tokens)
-                    metrics["validation_pair_accuracy"] = make_report(held_out).accuracy.share
-                writer.write(step, total_steps, metrics)
-                if not np.isfinite(loss):
-                    raise RunFailedError(f"step {step}: the loss is {loss}; lower learning_rate or check the data")
-                if step < total_steps:
-                    context.run.between_steps(partial(publish, step, {"loss": loss}))
+        step = done_steps
+        for done, indices in order.batches(done_steps):
+            rate = learning_rate(stage.optimizer, done, order.total_steps)
+            context.run.doing("training")
+            batch = [train[i] for i in indices]
+            result = accumulate_pair_loss(model, batch, stage.micro_batch_tokens, optimizer, side_by_side)
+            norm, loss = optimizer.step(rate), result.loss
+            step = done + 1
+            metrics = {"loss": loss, "pair_accuracy": result.accuracy}
+            metrics |= {"grad_norm_policy": norm, "learning_rate": rate}
+            if validation and step % config.evaluate_every_steps == 0 and step < order.total_steps:
+                context.run.doing("evaluating on held-out rankings")
+                held_out = score_held_out(model, validation, stage.micro_batch_tokens)
+                metrics["validation_pair_accuracy"] = make_report(held_out).accuracy.share
+            writer.write(step, order.total_steps, metrics)
+            if not np.isfinite(loss):
+                raise RunFailedError(f"step {step}: the loss is {loss}; lower learning_rate or check the data")
+            if step < order.total_steps:
+                take, announce = partial(state, step, loss), partial(publish, step, {"loss": loss})
+                context.between_steps(step, stage.checkpoint_every_steps, take, announce)
         final = {"loss": loss}
         context.run.doing("measuring the score's mean and deviation")
         scores_B = normalization_scores(config, model, train, stage.micro_batch_tokens)
@@ -96,9 +104,9 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
             report = make_report(held_out, train)
             write_report(report, held_out, context.folder, mean=model.mean, std=model.std)
             final |= accuracy_metrics(report)
-            writer.write(step, total_steps, final)
+            writer.write(step, order.total_steps, final)
         context.run.doing("publishing the reward model")
-        publish(total_steps, final | {"score_mean": model.mean, "score_std": model.std})
+        publish(order.total_steps, final | {"score_mean": model.mean, "score_std": model.std})
 
 
 def accuracy_metrics(report: RewardReport) -> dict[str, float]:

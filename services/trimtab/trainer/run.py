@@ -7,7 +7,7 @@ reads `snapshot` and `events_after`, and is told of changes by listeners. What i
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -31,7 +31,7 @@ class RunState(Enum):
 
 
 class StopRun(Exception):
-    """Raised in the stage's thread between two steps when a stop was asked for."""
+    """Raised in the stage's thread, between two steps or while it waits for a service, when a stop was asked for."""
 
 
 class RunFailedError(Exception):
@@ -91,9 +91,16 @@ class Run:
             self._events.append(metrics)
         self._update(step=metrics.step)
 
+    def recall(self, events: Sequence[StepMetrics], published: Sequence[ModelVersion]) -> None:
+        """Take up what the run reported and published before it was cut off."""
+        with self._changed:
+            self._events = list(events)
+        self._update(step=events[-1].step if events else 0, published=tuple(published))
+
     def published(self, version: ModelVersion) -> None:
-        """Note a published version."""
-        self._update(published=(*self.snapshot.published, version))
+        """Note a published version; one that is known already changes nothing."""
+        if version not in self.snapshot.published:
+            self._update(published=(*self.snapshot.published, version))
 
     def between_steps(self, publish: Callable[[], ModelVersion]) -> None:
         """Serve what was asked for meanwhile: checkpoints (by `publish`), a pause, a stop (raises StopRun)."""
@@ -118,6 +125,12 @@ class Run:
                 return
             if self.snapshot.state is not RunState.PAUSED:
                 self._update(state=RunState.PAUSED, activity="paused")
+
+    def check_stop(self) -> None:
+        """Raise StopRun where a stop was asked for: within a step, while it waits for others."""
+        with self._changed:
+            if self._stop:
+                raise StopRun
 
     def finish(self, state: RunState, error: str = "") -> None:
         """End the run."""

@@ -17,10 +17,12 @@ from trimtab.runtime.errors import ServiceError, StartError, invalid, not_found,
 from trimtab.runtime.logs import get_logger
 from trimtab.runtime.server import ServerContext, Service, serve
 from trimtab.trainer.config import DEFAULT_STORE, TrainerConfig
-from trimtab.trainer.context import StageContext
+from trimtab.trainer.context import StageContext, recall_run
+from trimtab.trainer.durable import held
 from trimtab.trainer.ppo.loop import run_ppo
 from trimtab.trainer.reward_model import run_reward_model
 from trimtab.trainer.run import Run, RunFailedError, RunSnapshot, RunState, StepMetrics, StopRun
+from trimtab.trainer.run_record import OtherConfigError, RunFolder
 from trimtab.trainer.sft import run_sft
 from trimtab.trainer.stages import Stage, StageConfigError, stage_from_proto
 from trimtab.weights.layout import check_name
@@ -65,7 +67,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self._config = config
         self._store = store
         self._draining = draining
-        self._runs: dict[str, tuple[Run, Stage]] = {}
+        self._runs: dict[str, Run] = {}
         self._thread: threading.Thread | None = None
 
     async def Start(
@@ -79,19 +81,17 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             stage = stage_from_proto(kind, getattr(request, kind))
         except StageConfigError as error:
             raise invalid(f"{kind}.{error.field}", error.reason) from error
-        if request.run_id in self._runs:
-            run, running = self._runs[request.run_id]
-            if running != stage:
-                raise ServiceError(
-                    grpc.StatusCode.ALREADY_EXISTS, f"run {request.run_id} has another config", field="run_id"
-                )
-            return trainer_pb2.StartResponse(status=status_proto(run.snapshot))
-        for run_id, (run, _) in self._runs.items():
+        known = self._known(request.run_id, kind, stage)
+        if known is not None:
+            return trainer_pb2.StartResponse(status=status_proto(known.snapshot))
+        for run_id, run in self._runs.items():
             if not run.snapshot.state.finished:
                 raise precondition(f"run {run_id} is still going; one run at a time: wait for it or stop it")
         run = Run(request.run_id, STAGE_NAMES[kind])
-        self._runs[request.run_id] = (run, stage)
-        self._thread = threading.Thread(target=self._work, args=(run, kind, stage), name=f"run-{request.run_id}")
+        self._runs.pop(request.run_id, None)  # the newest comes last
+        self._runs[request.run_id] = run
+        work = (run, kind, stage, self._thread)
+        self._thread = threading.Thread(target=self._work, args=work, name=f"run-{request.run_id}")
         self._thread.start()
         return trainer_pb2.StartResponse(status=status_proto(run.snapshot))
 
@@ -164,19 +164,39 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def close(self) -> None:
         """Stop the run that is going and wait for its current step."""
-        for run, _ in self._runs.values():
+        for run in self._runs.values():
             run.stop()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+
+    def _known(self, run_id: str, kind: str, stage: Stage) -> Run | None:
+        """The run of that name that is going or has succeeded, here or before this process; None if it has to start.
+
+        ALREADY_EXISTS where it has another config.
+        """
+        folder = RunFolder(self._config.folder / run_id)
+        try:
+            record = folder.record()
+            if record is not None:
+                record.check_same(run_id, kind, stage)
+        except OtherConfigError as error:
+            raise ServiceError(grpc.StatusCode.ALREADY_EXISTS, str(error), field=error.field) from error
+        run = self._runs.get(run_id)
+        if run is not None and (not run.snapshot.state.finished or run.snapshot.state is RunState.SUCCEEDED):
+            return run
+        if record is None or not folder.succeeded():
+            return None
+        run = self._runs[run_id] = recall_run(run_id, STAGE_NAMES[kind], self._config.folder / run_id, self._store)
+        return run
 
     def _find(self, run_id: str) -> Run:
         if not self._runs:
             raise not_found("no run was started here", field="run_id")
         if not run_id:
-            return next(reversed(self._runs.values()))[0]
+            return next(reversed(self._runs.values()))
         if run_id not in self._runs:
             raise not_found(f"no run {run_id} here; there are {', '.join(self._runs)}", field="run_id")
-        return self._runs[run_id][0]
+        return self._runs[run_id]
 
     def _find_going(self, run_id: str) -> Run:
         run = self._find(run_id)
@@ -184,7 +204,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             raise precondition(f"run {run.snapshot.run_id} has ended ({run.snapshot.state.name.lower()})")
         return run
 
-    def _work(self, run: Run, kind: str, stage: Stage) -> None:
+    def _work(self, run: Run, kind: str, stage: Stage, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
         run_id = run.snapshot.run_id
         context = StageContext(
             run=run,
@@ -195,15 +217,19 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             keep_versions=self._config.keep_versions,
         )
         log.info("run started", run_id=run_id, stage=kind)
+        state, error = RunState.SUCCEEDED, ""
         try:
-            STAGES[kind](stage, context)
-        except StopRun:
-            run.finish(RunState.STOPPED)
-        except Exception as error:
-            log.error("run failed", run_id=run_id, stage=kind, exc_info=error)
-            run.finish(RunState.FAILED, error=str(error) or type(error).__name__)
-        else:
-            run.finish(RunState.SUCCEEDED)
+            with held(context.state.lock):
+                context.state.begin(kind, stage)
+                try:
+                    STAGES[kind](stage, context)
+                except StopRun:
+                    state = RunState.STOPPED
+                context.end(state)
+        except Exception as failure:
+            log.error("run failed", run_id=run_id, stage=kind, exc_info=failure)
+            state, error = RunState.FAILED, str(failure) or type(failure).__name__
+        run.finish(state, error)
         log.info("run ended", run_id=run_id, state=run.snapshot.state.name)
 
 

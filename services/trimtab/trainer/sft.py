@@ -5,7 +5,6 @@ Publishes `policy` with the weights of the lowest held-out loss (of the end, wit
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,11 +17,12 @@ from trimtab.models.policy import Policy
 from trimtab.runtime.logs import get_logger
 from trimtab.trainer.context import StageContext
 from trimtab.trainer.data import Tokenized, load_demonstrations, tokenize_demonstrations
+from trimtab.trainer.epochs import EpochOrder
 from trimtab.trainer.forward import TokenBatch, prepare_for_training, residual_dropout, response_logprobs, slice_batch
-from trimtab.trainer.metrics import MetricWriter
 from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
 from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.stages import SftConfig
+from trimtab.trainer.state import Tensors, TrainingState, restore_trained, trained_tensors
 from trimtab_client import ModelVersion
 
 log = get_logger(__name__)
@@ -38,58 +38,92 @@ def run_sft(config: SftConfig, context: StageContext) -> None:
     validation = (
         read_demonstrations(config.validation_data, policy, stage.max_length) if config.validation_data else None
     )
+    context.state.check_data("data", train.sequences)
     prepare_for_training(policy.model, activation_checkpointing=stage.activation_checkpointing)
     optimizer = MasterWeightOptimizer(policy.model, stage.optimizer, masters)
     context.use_threads()
-
-    steps_per_epoch = -(-len(train) // config.batch_size)
-    total_steps = config.epochs * steps_per_epoch
-    context.run.plan(total_steps)
-    order = np.random.default_rng(stage.seed)
-    dropout = torch.Generator().manual_seed(stage.seed % (1 << 63))
-    best_loss, best_step, best_weights = float("inf"), 0, None
+    order = EpochOrder(len(train), config.batch_size, config.epochs, stage.seed)
+    progress = _Progress(policy, optimizer, dropout_seed=stage.seed)
+    saved = context.restore()
+    if saved is not None:
+        progress.load(saved)
 
     def publish(step: int, metrics: dict[str, float]) -> ModelVersion:
         lineage = {"stage": "sft", "data": config.data, "start": stage.model}
         return context.publish(policy, "policy", step, lineage=lineage, metrics=metrics)
 
-    with MetricWriter(context.run, context.folder) as writer:
-        step, loss = 0, float("nan")
-        for _ in range(config.epochs):
-            permutation = order.permutation(len(train))
-            for start in range(0, len(train), config.batch_size):
-                rate = learning_rate(stage.optimizer, step, total_steps)
-                batch = permutation[start : start + config.batch_size].tolist()
-                context.run.doing("training")
-                with residual_dropout(policy, config.dropout, dropout):
-                    loss = accumulate_nll(policy, train, batch, stage.micro_batch_tokens, optimizer)
-                norm = optimizer.step(rate)
-                step += 1
-                metrics = {
-                    "loss": loss,
-                    "grad_norm_policy": norm,
-                    "learning_rate": rate,
-                    "epoch": step / steps_per_epoch,
-                }
-                if validation is not None and (step % config.evaluate_every_steps == 0 or step == total_steps):
-                    context.run.doing("evaluating on held-out demonstrations")
-                    metrics["validation_loss"] = mean_nll(policy, validation, stage.micro_batch_tokens)
-                    metrics["validation_perplexity"] = float(np.exp(metrics["validation_loss"]))
-                    if metrics["validation_loss"] < best_loss:
-                        best_loss, best_step = metrics["validation_loss"], step
-                        best_weights = copy.deepcopy(policy.model.state_dict())
-                writer.write(step, total_steps, metrics)
-                if not np.isfinite(loss):
-                    raise RunFailedError(f"step {step}: the loss is {loss}; lower learning_rate or check the data")
-                if step < total_steps:
-                    context.run.between_steps(partial(publish, step, {"loss": loss}))
-        if best_weights is not None:
-            policy.model.load_state_dict(best_weights)
-        final = {"loss": loss}
+    with context.open_metrics(order.total_steps, progress.step) as writer:
+        for done, batch in order.batches(progress.step):
+            rate = learning_rate(stage.optimizer, done, order.total_steps)
+            context.run.doing("training")
+            with residual_dropout(policy, config.dropout, progress.dropout):
+                loss = accumulate_nll(policy, train, batch, stage.micro_batch_tokens, optimizer)
+            norm = optimizer.step(rate)
+            step = progress.step = done + 1
+            progress.loss = loss
+            metrics = {
+                "loss": loss,
+                "grad_norm_policy": norm,
+                "learning_rate": rate,
+                "epoch": step / order.steps_per_epoch,
+            }
+            if validation is not None and (step % config.evaluate_every_steps == 0 or step == order.total_steps):
+                context.run.doing("evaluating on held-out demonstrations")
+                metrics["validation_loss"] = mean_nll(policy, validation, stage.micro_batch_tokens)
+                metrics["validation_perplexity"] = float(np.exp(metrics["validation_loss"]))
+                progress.note_held_out(metrics["validation_loss"])
+            writer.write(step, order.total_steps, metrics)
+            if not np.isfinite(loss):
+                raise RunFailedError(f"step {step}: the loss is {loss}; lower learning_rate or check the data")
+            if step < order.total_steps:
+                every = stage.checkpoint_every_steps
+                context.between_steps(step, every, progress.state, partial(publish, step, {"loss": loss}))
+        progress.take_best()
+        final = {"loss": progress.loss}
         if validation is not None:
-            final |= {"validation_loss": best_loss, "chosen_step": float(best_step)}
+            final |= {"validation_loss": progress.best_loss, "chosen_step": float(progress.best_step)}
         context.run.doing("publishing the policy")
-        publish(total_steps, final)
+        publish(order.total_steps, final)
+
+
+class _Progress:
+    """What moves during SFT: the weights and their optimizer, the dropout's RNG, the best weights so far."""
+
+    def __init__(self, policy: Policy, optimizer: MasterWeightOptimizer, *, dropout_seed: int) -> None:
+        self._model = policy.model
+        self._optimizer = optimizer
+        self.step, self.loss = 0, float("nan")
+        self.dropout = torch.Generator().manual_seed(dropout_seed % (1 << 63))
+        self.best_loss, self.best_step = float("inf"), 0
+        self._best: Tensors = {}
+
+    def note_held_out(self, loss: float) -> None:
+        """Keep the weights if their held-out loss is the lowest so far."""
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, self.step
+            self._best = {name: weight.detach().clone() for name, weight in self._model.named_parameters()}
+
+    def take_best(self) -> None:
+        """Put the best weights into the model, where there was held-out data."""
+        if self._best:
+            self._model.load_state_dict(self._best, strict=False)  # tied weights have one of their names
+
+    def state(self) -> TrainingState:
+        values = {"loss": self.loss, "best_loss": self.best_loss, "best_step": self.best_step}
+        tensors = {
+            "policy": trained_tensors(self._model, self._optimizer),
+            "best": self._best,
+            "random": {"dropout": self.dropout.get_state()},
+        }
+        return TrainingState(self.step, values, tensors)
+
+    def load(self, state: TrainingState) -> None:
+        """Go on where `state` was taken."""
+        restore_trained(self._model, self._optimizer, state.tensors["policy"])
+        self.step, self._best = state.step, state.tensors["best"]
+        self.loss, self.best_loss = state.values["loss"], state.values["best_loss"]
+        self.best_step = state.values["best_step"]
+        self.dropout.set_state(state.tensors["random"]["dropout"])
 
 
 def load_policy(source: str, context: StageContext) -> Policy:

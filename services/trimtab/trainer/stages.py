@@ -62,6 +62,7 @@ class StageConfig(_Config):
     activation_checkpointing: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     max_length: Annotated[int, Field(ge=2)] = 2048
+    checkpoint_every_steps: Count = 20
 
 
 class SftConfig(_Config):
@@ -98,6 +99,11 @@ class PpoConfig(_Config):
             "exact_metric" reports it over the whole vocabulary too, from the reference's hidden states and LM head;
             "exact_loss" also adds `kl_loss_coefficient` times its mean over response tokens to the policy's loss. The
             penalty in the reward (`kl_coefficient`) is sampled k1 with any of them.
+        max_staleness: most versions between the one that samples a completion and the one it trains.
+        advantage: "gae" with a value model; "group" is RLOO's mean of the prompt's other samples; "grpo" is less the
+            mean of all its samples, over their deviation.
+        ema_decay: of the policy's moving average, a step; InstructGPT's is 0.992.
+        ptx_coefficient: InstructGPT's, of the mean NLL a token of `ptx_data`.
     """
 
     stage: StageConfig
@@ -122,7 +128,7 @@ class PpoConfig(_Config):
     adaptive_kl_horizon: Positive = 10_000
     gamma: Share = 1.0
     gae_lambda: Share = 0.95
-    advantage: Literal["gae", "group"] = "gae"
+    advantage: Literal["gae", "group", "grpo"] = "gae"
     clip_range: Positive = 0.2
     value_clip_range: Positive = 0.2
     value_coefficient: NonNegative = 0.1
@@ -137,6 +143,12 @@ class PpoConfig(_Config):
     )
     value_warmup_steps: Annotated[int, Field(ge=0)] = 0
     score_text: bool = False
+    max_staleness: Annotated[int, Field(ge=0, le=16)] = 0
+    service_timeout_s: Positive = 600.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ptx_data: str = ""
+    ptx_coefficient: Positive = 27.8
+    ptx_batch_size: Count | None = None
 
     @field_validator("kl_loss_coefficient")
     @classmethod
@@ -161,12 +173,14 @@ class PpoConfig(_Config):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of samples_per_prompt {self.samples_per_prompt}"
             )
-        if self.advantage == "group" and self.samples_per_prompt < 2:
-            raise ValueError("advantage 'group' needs samples_per_prompt of at least 2")
+        if self.advantage != "gae" and self.samples_per_prompt < 2:
+            raise ValueError(f"advantage '{self.advantage}' needs samples_per_prompt of at least 2")
+        if self.advantage != "gae" and self.value_warmup_steps:
+            raise ValueError(f"value_warmup_steps: advantage '{self.advantage}' has no value model to warm up")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("min_new_tokens is above max_new_tokens")
         if self.publish_every_steps != 1:
-            raise ValueError("publish_every_steps must be 1: rollouts are strictly on-policy")
+            raise ValueError("publish_every_steps must be 1: max_staleness says how far rollouts may lag behind")
         return self
 
 

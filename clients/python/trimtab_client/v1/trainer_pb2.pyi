@@ -129,6 +129,7 @@ class StageConfig(_message.Message):
     ACTIVATION_CHECKPOINTING_FIELD_NUMBER: _builtins.int
     OPTIMIZER_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_EVERY_STEPS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Folder, hub id, or "version:RUN/NAME[@STEP]" of the trainer's store."""
     seed: _builtins.int
@@ -139,6 +140,8 @@ class StageConfig(_message.Message):
     activation_checkpointing: _builtins.bool
     max_length: _builtins.int
     """Longest sequence, in tokens."""
+    checkpoint_every_steps: _builtins.int
+    """A killed run goes on from the newest durable checkpoint; one is made every so many steps."""
     @_builtins.property
     def optimizer(self) -> Global___OptimizerConfig: ...
     def __init__(
@@ -151,13 +154,16 @@ class StageConfig(_message.Message):
         activation_checkpointing: _builtins.bool | None = ...,
         optimizer: Global___OptimizerConfig | None = ...,
         max_length: _builtins.int | None = ...,
+        checkpoint_every_steps: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_activation_checkpointing", b"_activation_checkpointing", "_compute_dtype", b"_compute_dtype", "_max_length", b"_max_length", "_micro_batch_tokens", b"_micro_batch_tokens", "_model", b"_model", "_optimizer", b"_optimizer", "_seed", b"_seed", "activation_checkpointing", b"activation_checkpointing", "compute_dtype", b"compute_dtype", "max_length", b"max_length", "micro_batch_tokens", b"micro_batch_tokens", "model", b"model", "optimizer", b"optimizer", "seed", b"seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_activation_checkpointing", b"_activation_checkpointing", "_checkpoint_every_steps", b"_checkpoint_every_steps", "_compute_dtype", b"_compute_dtype", "_max_length", b"_max_length", "_micro_batch_tokens", b"_micro_batch_tokens", "_model", b"_model", "_optimizer", b"_optimizer", "_seed", b"_seed", "activation_checkpointing", b"activation_checkpointing", "checkpoint_every_steps", b"checkpoint_every_steps", "compute_dtype", b"compute_dtype", "max_length", b"max_length", "micro_batch_tokens", b"micro_batch_tokens", "model", b"model", "optimizer", b"optimizer", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activation_checkpointing", b"_activation_checkpointing", "_compute_dtype", b"_compute_dtype", "_max_length", b"_max_length", "_micro_batch_tokens", b"_micro_batch_tokens", "_model", b"_model", "_optimizer", b"_optimizer", "_seed", b"_seed", "activation_checkpointing", b"activation_checkpointing", "compute_dtype", b"compute_dtype", "max_length", b"max_length", "micro_batch_tokens", b"micro_batch_tokens", "model", b"model", "optimizer", b"optimizer", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activation_checkpointing", b"_activation_checkpointing", "_checkpoint_every_steps", b"_checkpoint_every_steps", "_compute_dtype", b"_compute_dtype", "_max_length", b"_max_length", "_micro_batch_tokens", b"_micro_batch_tokens", "_model", b"_model", "_optimizer", b"_optimizer", "_seed", b"_seed", "activation_checkpointing", b"activation_checkpointing", "checkpoint_every_steps", b"checkpoint_every_steps", "compute_dtype", b"compute_dtype", "max_length", b"max_length", "micro_batch_tokens", b"micro_batch_tokens", "model", b"model", "optimizer", b"optimizer", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__activation_checkpointing: _TypeAlias = _typing.Literal["activation_checkpointing"]  # noqa: Y015
     _WhichOneofArgType__activation_checkpointing: _TypeAlias = _typing.Literal["_activation_checkpointing", b"_activation_checkpointing"]  # noqa: Y015
+    _WhichOneofReturnType__checkpoint_every_steps: _TypeAlias = _typing.Literal["checkpoint_every_steps"]  # noqa: Y015
+    _WhichOneofArgType__checkpoint_every_steps: _TypeAlias = _typing.Literal["_checkpoint_every_steps", b"_checkpoint_every_steps"]  # noqa: Y015
     _WhichOneofReturnType__compute_dtype: _TypeAlias = _typing.Literal["compute_dtype"]  # noqa: Y015
     _WhichOneofArgType__compute_dtype: _TypeAlias = _typing.Literal["_compute_dtype", b"_compute_dtype"]  # noqa: Y015
     _WhichOneofReturnType__max_length: _TypeAlias = _typing.Literal["max_length"]  # noqa: Y015
@@ -172,6 +178,8 @@ class StageConfig(_message.Message):
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__activation_checkpointing) -> _WhichOneofReturnType__activation_checkpointing | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_every_steps) -> _WhichOneofReturnType__checkpoint_every_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__compute_dtype) -> _WhichOneofReturnType__compute_dtype | None: ...
     @_typing.overload
@@ -368,6 +376,12 @@ class PpoConfig(_message.Message):
     MIN_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     KL_FIELD_NUMBER: _builtins.int
     KL_LOSS_COEFFICIENT_FIELD_NUMBER: _builtins.int
+    MAX_STALENESS_FIELD_NUMBER: _builtins.int
+    SERVICE_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    EMA_DECAY_FIELD_NUMBER: _builtins.int
+    PTX_DATA_FIELD_NUMBER: _builtins.int
+    PTX_COEFFICIENT_FIELD_NUMBER: _builtins.int
+    PTX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     prompts: _builtins.str
     value_model: _builtins.str
     """The reward model that the value model starts from; "" means a fresh head on the policy."""
@@ -402,7 +416,9 @@ class PpoConfig(_message.Message):
     value_warmup_steps: _builtins.int
     """Value-model-only steps before the policy moves."""
     advantage: _builtins.str
-    """"gae" or "group" (mean of the prompt's other samples; no value model)."""
+    """"gae"; "group" (mean of the prompt's other samples) or "grpo" (less the mean of all the prompt's samples, over
+    their deviation), both without a value model.
+    """
     score_text: _builtins.bool
     """Score text by the reward model's own tokenizer instead of token ids."""
     ignore_eos: _builtins.bool
@@ -413,6 +429,18 @@ class PpoConfig(_message.Message):
     """
     kl_loss_coefficient: _builtins.float
     """What the exact KL, in nats a token, is multiplied by in the loss; above 0 with "exact_loss" and only then."""
+    max_staleness: _builtins.int
+    """Most versions between the one that samples a completion and the one it trains; 0 is strictly on-policy."""
+    service_timeout_s: _builtins.float
+    """How long a service that does not answer is waited for, seconds."""
+    ema_decay: _builtins.float
+    """Decay a step of the policy's moving average, published as "policy-ema"; unset: off."""
+    ptx_data: _builtins.str
+    """Pretraining text that the policy also learns (PPO-ptx); "" is off."""
+    ptx_coefficient: _builtins.float
+    """What its mean NLL a token is multiplied by."""
+    ptx_batch_size: _builtins.int
+    """Texts of it a minibatch; unset: minibatch_size."""
     @_builtins.property
     def stage(self) -> Global___StageConfig: ...
     @_builtins.property
@@ -455,10 +483,16 @@ class PpoConfig(_message.Message):
         min_new_tokens: _builtins.int | None = ...,
         kl: _builtins.str | None = ...,
         kl_loss_coefficient: _builtins.float | None = ...,
+        max_staleness: _builtins.int | None = ...,
+        service_timeout_s: _builtins.float | None = ...,
+        ema_decay: _builtins.float | None = ...,
+        ptx_data: _builtins.str | None = ...,
+        ptx_coefficient: _builtins.float | None = ...,
+        ptx_batch_size: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adaptive_kl_horizon", b"_adaptive_kl_horizon", "_adaptive_kl_target", b"_adaptive_kl_target", "_advantage", b"_advantage", "_batch_size", b"_batch_size", "_clip_range", b"_clip_range", "_entropy_coefficient", b"_entropy_coefficient", "_gae_lambda", b"_gae_lambda", "_gamma", b"_gamma", "_generator_address", b"_generator_address", "_ignore_eos", b"_ignore_eos", "_importance_weight_cap", b"_importance_weight_cap", "_inner_epochs", b"_inner_epochs", "_kl", b"_kl", "_kl_coefficient", b"_kl_coefficient", "_kl_loss_coefficient", b"_kl_loss_coefficient", "_max_new_tokens", b"_max_new_tokens", "_min_new_tokens", b"_min_new_tokens", "_minibatch_size", b"_minibatch_size", "_no_eos_score", b"_no_eos_score", "_prompts", b"_prompts", "_publish_every_steps", b"_publish_every_steps", "_reference_address", b"_reference_address", "_reward_address", b"_reward_address", "_samples_per_prompt", b"_samples_per_prompt", "_score_text", b"_score_text", "_steps", b"_steps", "_target_approx_kl", b"_target_approx_kl", "_temperature", b"_temperature", "_value_clip_range", b"_value_clip_range", "_value_coefficient", b"_value_coefficient", "_value_model", b"_value_model", "_value_optimizer", b"_value_optimizer", "_value_warmup_steps", b"_value_warmup_steps", "_whiten_rewards", b"_whiten_rewards", "adaptive_kl_horizon", b"adaptive_kl_horizon", "adaptive_kl_target", b"adaptive_kl_target", "advantage", b"advantage", "batch_size", b"batch_size", "clip_range", b"clip_range", "entropy_coefficient", b"entropy_coefficient", "gae_lambda", b"gae_lambda", "gamma", b"gamma", "generator_address", b"generator_address", "ignore_eos", b"ignore_eos", "importance_weight_cap", b"importance_weight_cap", "inner_epochs", b"inner_epochs", "kl", b"kl", "kl_coefficient", b"kl_coefficient", "kl_loss_coefficient", b"kl_loss_coefficient", "max_new_tokens", b"max_new_tokens", "min_new_tokens", b"min_new_tokens", "minibatch_size", b"minibatch_size", "no_eos_score", b"no_eos_score", "prompts", b"prompts", "publish_every_steps", b"publish_every_steps", "reference_address", b"reference_address", "reward_address", b"reward_address", "samples_per_prompt", b"samples_per_prompt", "score_text", b"score_text", "stage", b"stage", "steps", b"steps", "target_approx_kl", b"target_approx_kl", "temperature", b"temperature", "value_clip_range", b"value_clip_range", "value_coefficient", b"value_coefficient", "value_model", b"value_model", "value_optimizer", b"value_optimizer", "value_warmup_steps", b"value_warmup_steps", "whiten_rewards", b"whiten_rewards"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adaptive_kl_horizon", b"_adaptive_kl_horizon", "_adaptive_kl_target", b"_adaptive_kl_target", "_advantage", b"_advantage", "_batch_size", b"_batch_size", "_clip_range", b"_clip_range", "_ema_decay", b"_ema_decay", "_entropy_coefficient", b"_entropy_coefficient", "_gae_lambda", b"_gae_lambda", "_gamma", b"_gamma", "_generator_address", b"_generator_address", "_ignore_eos", b"_ignore_eos", "_importance_weight_cap", b"_importance_weight_cap", "_inner_epochs", b"_inner_epochs", "_kl", b"_kl", "_kl_coefficient", b"_kl_coefficient", "_kl_loss_coefficient", b"_kl_loss_coefficient", "_max_new_tokens", b"_max_new_tokens", "_max_staleness", b"_max_staleness", "_min_new_tokens", b"_min_new_tokens", "_minibatch_size", b"_minibatch_size", "_no_eos_score", b"_no_eos_score", "_prompts", b"_prompts", "_ptx_batch_size", b"_ptx_batch_size", "_ptx_coefficient", b"_ptx_coefficient", "_ptx_data", b"_ptx_data", "_publish_every_steps", b"_publish_every_steps", "_reference_address", b"_reference_address", "_reward_address", b"_reward_address", "_samples_per_prompt", b"_samples_per_prompt", "_score_text", b"_score_text", "_service_timeout_s", b"_service_timeout_s", "_steps", b"_steps", "_target_approx_kl", b"_target_approx_kl", "_temperature", b"_temperature", "_value_clip_range", b"_value_clip_range", "_value_coefficient", b"_value_coefficient", "_value_model", b"_value_model", "_value_optimizer", b"_value_optimizer", "_value_warmup_steps", b"_value_warmup_steps", "_whiten_rewards", b"_whiten_rewards", "adaptive_kl_horizon", b"adaptive_kl_horizon", "adaptive_kl_target", b"adaptive_kl_target", "advantage", b"advantage", "batch_size", b"batch_size", "clip_range", b"clip_range", "ema_decay", b"ema_decay", "entropy_coefficient", b"entropy_coefficient", "gae_lambda", b"gae_lambda", "gamma", b"gamma", "generator_address", b"generator_address", "ignore_eos", b"ignore_eos", "importance_weight_cap", b"importance_weight_cap", "inner_epochs", b"inner_epochs", "kl", b"kl", "kl_coefficient", b"kl_coefficient", "kl_loss_coefficient", b"kl_loss_coefficient", "max_new_tokens", b"max_new_tokens", "max_staleness", b"max_staleness", "min_new_tokens", b"min_new_tokens", "minibatch_size", b"minibatch_size", "no_eos_score", b"no_eos_score", "prompts", b"prompts", "ptx_batch_size", b"ptx_batch_size", "ptx_coefficient", b"ptx_coefficient", "ptx_data", b"ptx_data", "publish_every_steps", b"publish_every_steps", "reference_address", b"reference_address", "reward_address", b"reward_address", "samples_per_prompt", b"samples_per_prompt", "score_text", b"score_text", "service_timeout_s", b"service_timeout_s", "stage", b"stage", "steps", b"steps", "target_approx_kl", b"target_approx_kl", "temperature", b"temperature", "value_clip_range", b"value_clip_range", "value_coefficient", b"value_coefficient", "value_model", b"value_model", "value_optimizer", b"value_optimizer", "value_warmup_steps", b"value_warmup_steps", "whiten_rewards", b"whiten_rewards"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adaptive_kl_horizon", b"_adaptive_kl_horizon", "_adaptive_kl_target", b"_adaptive_kl_target", "_advantage", b"_advantage", "_batch_size", b"_batch_size", "_clip_range", b"_clip_range", "_entropy_coefficient", b"_entropy_coefficient", "_gae_lambda", b"_gae_lambda", "_gamma", b"_gamma", "_generator_address", b"_generator_address", "_ignore_eos", b"_ignore_eos", "_importance_weight_cap", b"_importance_weight_cap", "_inner_epochs", b"_inner_epochs", "_kl", b"_kl", "_kl_coefficient", b"_kl_coefficient", "_kl_loss_coefficient", b"_kl_loss_coefficient", "_max_new_tokens", b"_max_new_tokens", "_min_new_tokens", b"_min_new_tokens", "_minibatch_size", b"_minibatch_size", "_no_eos_score", b"_no_eos_score", "_prompts", b"_prompts", "_publish_every_steps", b"_publish_every_steps", "_reference_address", b"_reference_address", "_reward_address", b"_reward_address", "_samples_per_prompt", b"_samples_per_prompt", "_score_text", b"_score_text", "_steps", b"_steps", "_target_approx_kl", b"_target_approx_kl", "_temperature", b"_temperature", "_value_clip_range", b"_value_clip_range", "_value_coefficient", b"_value_coefficient", "_value_model", b"_value_model", "_value_optimizer", b"_value_optimizer", "_value_warmup_steps", b"_value_warmup_steps", "_whiten_rewards", b"_whiten_rewards", "adaptive_kl_horizon", b"adaptive_kl_horizon", "adaptive_kl_target", b"adaptive_kl_target", "advantage", b"advantage", "batch_size", b"batch_size", "clip_range", b"clip_range", "entropy_coefficient", b"entropy_coefficient", "gae_lambda", b"gae_lambda", "gamma", b"gamma", "generator_address", b"generator_address", "ignore_eos", b"ignore_eos", "importance_weight_cap", b"importance_weight_cap", "inner_epochs", b"inner_epochs", "kl", b"kl", "kl_coefficient", b"kl_coefficient", "kl_loss_coefficient", b"kl_loss_coefficient", "max_new_tokens", b"max_new_tokens", "min_new_tokens", b"min_new_tokens", "minibatch_size", b"minibatch_size", "no_eos_score", b"no_eos_score", "prompts", b"prompts", "publish_every_steps", b"publish_every_steps", "reference_address", b"reference_address", "reward_address", b"reward_address", "samples_per_prompt", b"samples_per_prompt", "score_text", b"score_text", "stage", b"stage", "steps", b"steps", "target_approx_kl", b"target_approx_kl", "temperature", b"temperature", "value_clip_range", b"value_clip_range", "value_coefficient", b"value_coefficient", "value_model", b"value_model", "value_optimizer", b"value_optimizer", "value_warmup_steps", b"value_warmup_steps", "whiten_rewards", b"whiten_rewards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adaptive_kl_horizon", b"_adaptive_kl_horizon", "_adaptive_kl_target", b"_adaptive_kl_target", "_advantage", b"_advantage", "_batch_size", b"_batch_size", "_clip_range", b"_clip_range", "_ema_decay", b"_ema_decay", "_entropy_coefficient", b"_entropy_coefficient", "_gae_lambda", b"_gae_lambda", "_gamma", b"_gamma", "_generator_address", b"_generator_address", "_ignore_eos", b"_ignore_eos", "_importance_weight_cap", b"_importance_weight_cap", "_inner_epochs", b"_inner_epochs", "_kl", b"_kl", "_kl_coefficient", b"_kl_coefficient", "_kl_loss_coefficient", b"_kl_loss_coefficient", "_max_new_tokens", b"_max_new_tokens", "_max_staleness", b"_max_staleness", "_min_new_tokens", b"_min_new_tokens", "_minibatch_size", b"_minibatch_size", "_no_eos_score", b"_no_eos_score", "_prompts", b"_prompts", "_ptx_batch_size", b"_ptx_batch_size", "_ptx_coefficient", b"_ptx_coefficient", "_ptx_data", b"_ptx_data", "_publish_every_steps", b"_publish_every_steps", "_reference_address", b"_reference_address", "_reward_address", b"_reward_address", "_samples_per_prompt", b"_samples_per_prompt", "_score_text", b"_score_text", "_service_timeout_s", b"_service_timeout_s", "_steps", b"_steps", "_target_approx_kl", b"_target_approx_kl", "_temperature", b"_temperature", "_value_clip_range", b"_value_clip_range", "_value_coefficient", b"_value_coefficient", "_value_model", b"_value_model", "_value_optimizer", b"_value_optimizer", "_value_warmup_steps", b"_value_warmup_steps", "_whiten_rewards", b"_whiten_rewards", "adaptive_kl_horizon", b"adaptive_kl_horizon", "adaptive_kl_target", b"adaptive_kl_target", "advantage", b"advantage", "batch_size", b"batch_size", "clip_range", b"clip_range", "ema_decay", b"ema_decay", "entropy_coefficient", b"entropy_coefficient", "gae_lambda", b"gae_lambda", "gamma", b"gamma", "generator_address", b"generator_address", "ignore_eos", b"ignore_eos", "importance_weight_cap", b"importance_weight_cap", "inner_epochs", b"inner_epochs", "kl", b"kl", "kl_coefficient", b"kl_coefficient", "kl_loss_coefficient", b"kl_loss_coefficient", "max_new_tokens", b"max_new_tokens", "max_staleness", b"max_staleness", "min_new_tokens", b"min_new_tokens", "minibatch_size", b"minibatch_size", "no_eos_score", b"no_eos_score", "prompts", b"prompts", "ptx_batch_size", b"ptx_batch_size", "ptx_coefficient", b"ptx_coefficient", "ptx_data", b"ptx_data", "publish_every_steps", b"publish_every_steps", "reference_address", b"reference_address", "reward_address", b"reward_address", "samples_per_prompt", b"samples_per_prompt", "score_text", b"score_text", "service_timeout_s", b"service_timeout_s", "stage", b"stage", "steps", b"steps", "target_approx_kl", b"target_approx_kl", "temperature", b"temperature", "value_clip_range", b"value_clip_range", "value_coefficient", b"value_coefficient", "value_model", b"value_model", "value_optimizer", b"value_optimizer", "value_warmup_steps", b"value_warmup_steps", "whiten_rewards", b"whiten_rewards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adaptive_kl_horizon: _TypeAlias = _typing.Literal["adaptive_kl_horizon"]  # noqa: Y015
     _WhichOneofArgType__adaptive_kl_horizon: _TypeAlias = _typing.Literal["_adaptive_kl_horizon", b"_adaptive_kl_horizon"]  # noqa: Y015
@@ -470,6 +504,8 @@ class PpoConfig(_message.Message):
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
     _WhichOneofReturnType__clip_range: _TypeAlias = _typing.Literal["clip_range"]  # noqa: Y015
     _WhichOneofArgType__clip_range: _TypeAlias = _typing.Literal["_clip_range", b"_clip_range"]  # noqa: Y015
+    _WhichOneofReturnType__ema_decay: _TypeAlias = _typing.Literal["ema_decay"]  # noqa: Y015
+    _WhichOneofArgType__ema_decay: _TypeAlias = _typing.Literal["_ema_decay", b"_ema_decay"]  # noqa: Y015
     _WhichOneofReturnType__entropy_coefficient: _TypeAlias = _typing.Literal["entropy_coefficient"]  # noqa: Y015
     _WhichOneofArgType__entropy_coefficient: _TypeAlias = _typing.Literal["_entropy_coefficient", b"_entropy_coefficient"]  # noqa: Y015
     _WhichOneofReturnType__gae_lambda: _TypeAlias = _typing.Literal["gae_lambda"]  # noqa: Y015
@@ -492,6 +528,8 @@ class PpoConfig(_message.Message):
     _WhichOneofArgType__kl_loss_coefficient: _TypeAlias = _typing.Literal["_kl_loss_coefficient", b"_kl_loss_coefficient"]  # noqa: Y015
     _WhichOneofReturnType__max_new_tokens: _TypeAlias = _typing.Literal["max_new_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_new_tokens: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__max_staleness: _TypeAlias = _typing.Literal["max_staleness"]  # noqa: Y015
+    _WhichOneofArgType__max_staleness: _TypeAlias = _typing.Literal["_max_staleness", b"_max_staleness"]  # noqa: Y015
     _WhichOneofReturnType__min_new_tokens: _TypeAlias = _typing.Literal["min_new_tokens"]  # noqa: Y015
     _WhichOneofArgType__min_new_tokens: _TypeAlias = _typing.Literal["_min_new_tokens", b"_min_new_tokens"]  # noqa: Y015
     _WhichOneofReturnType__minibatch_size: _TypeAlias = _typing.Literal["minibatch_size"]  # noqa: Y015
@@ -500,6 +538,12 @@ class PpoConfig(_message.Message):
     _WhichOneofArgType__no_eos_score: _TypeAlias = _typing.Literal["_no_eos_score", b"_no_eos_score"]  # noqa: Y015
     _WhichOneofReturnType__prompts: _TypeAlias = _typing.Literal["prompts"]  # noqa: Y015
     _WhichOneofArgType__prompts: _TypeAlias = _typing.Literal["_prompts", b"_prompts"]  # noqa: Y015
+    _WhichOneofReturnType__ptx_batch_size: _TypeAlias = _typing.Literal["ptx_batch_size"]  # noqa: Y015
+    _WhichOneofArgType__ptx_batch_size: _TypeAlias = _typing.Literal["_ptx_batch_size", b"_ptx_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__ptx_coefficient: _TypeAlias = _typing.Literal["ptx_coefficient"]  # noqa: Y015
+    _WhichOneofArgType__ptx_coefficient: _TypeAlias = _typing.Literal["_ptx_coefficient", b"_ptx_coefficient"]  # noqa: Y015
+    _WhichOneofReturnType__ptx_data: _TypeAlias = _typing.Literal["ptx_data"]  # noqa: Y015
+    _WhichOneofArgType__ptx_data: _TypeAlias = _typing.Literal["_ptx_data", b"_ptx_data"]  # noqa: Y015
     _WhichOneofReturnType__publish_every_steps: _TypeAlias = _typing.Literal["publish_every_steps"]  # noqa: Y015
     _WhichOneofArgType__publish_every_steps: _TypeAlias = _typing.Literal["_publish_every_steps", b"_publish_every_steps"]  # noqa: Y015
     _WhichOneofReturnType__reference_address: _TypeAlias = _typing.Literal["reference_address"]  # noqa: Y015
@@ -510,6 +554,8 @@ class PpoConfig(_message.Message):
     _WhichOneofArgType__samples_per_prompt: _TypeAlias = _typing.Literal["_samples_per_prompt", b"_samples_per_prompt"]  # noqa: Y015
     _WhichOneofReturnType__score_text: _TypeAlias = _typing.Literal["score_text"]  # noqa: Y015
     _WhichOneofArgType__score_text: _TypeAlias = _typing.Literal["_score_text", b"_score_text"]  # noqa: Y015
+    _WhichOneofReturnType__service_timeout_s: _TypeAlias = _typing.Literal["service_timeout_s"]  # noqa: Y015
+    _WhichOneofArgType__service_timeout_s: _TypeAlias = _typing.Literal["_service_timeout_s", b"_service_timeout_s"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
     _WhichOneofReturnType__target_approx_kl: _TypeAlias = _typing.Literal["target_approx_kl"]  # noqa: Y015
@@ -539,6 +585,8 @@ class PpoConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_range) -> _WhichOneofReturnType__clip_range | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ema_decay) -> _WhichOneofReturnType__ema_decay | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__entropy_coefficient) -> _WhichOneofReturnType__entropy_coefficient | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gae_lambda) -> _WhichOneofReturnType__gae_lambda | None: ...
@@ -561,6 +609,8 @@ class PpoConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_new_tokens) -> _WhichOneofReturnType__max_new_tokens | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_staleness) -> _WhichOneofReturnType__max_staleness | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_new_tokens) -> _WhichOneofReturnType__min_new_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__minibatch_size) -> _WhichOneofReturnType__minibatch_size | None: ...
@@ -568,6 +618,12 @@ class PpoConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__no_eos_score) -> _WhichOneofReturnType__no_eos_score | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompts) -> _WhichOneofReturnType__prompts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ptx_batch_size) -> _WhichOneofReturnType__ptx_batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ptx_coefficient) -> _WhichOneofReturnType__ptx_coefficient | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ptx_data) -> _WhichOneofReturnType__ptx_data | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__publish_every_steps) -> _WhichOneofReturnType__publish_every_steps | None: ...
     @_typing.overload
@@ -578,6 +634,8 @@ class PpoConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__samples_per_prompt) -> _WhichOneofReturnType__samples_per_prompt | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__score_text) -> _WhichOneofReturnType__score_text | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__service_timeout_s) -> _WhichOneofReturnType__service_timeout_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
     @_typing.overload

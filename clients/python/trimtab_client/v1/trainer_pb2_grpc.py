@@ -77,8 +77,9 @@ class TrainerServiceServicer:
     """
 
     def Start(self, request, context):
-        """Begin a run. The same run_id with the same config again is a no-op that returns
-        its status; with another config it is ALREADY_EXISTS.
+        """Begin a run. The same run_id with the same config again goes on with a run that was killed,
+        stopped or failed, and is a no-op that returns the status of one that is going or has
+        succeeded; with another config it is ALREADY_EXISTS, naming the field.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,8 +34,9 @@ class TrainerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TrainerServiceAsyncStub: ...
     Start: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.StartRequest, _trainer_pb2.StartResponse]
-    """Begin a run. The same run_id with the same config again is a no-op that returns
-    its status; with another config it is ALREADY_EXISTS.
+    """Begin a run. The same run_id with the same config again goes on with a run that was killed,
+    stopped or failed, and is a no-op that returns the status of one that is going or has
+    succeeded; with another config it is ALREADY_EXISTS, naming the field.
     """
     Status: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.StatusRequest, _trainer_pb2.StatusResponse]
     Watch: _grpc.UnaryStreamMultiCallable[_trainer_pb2.WatchRequest, _trainer_pb2.WatchResponse]
@@ -54,8 +55,9 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Start: _aio.UnaryUnaryMultiCallable[_trainer_pb2.StartRequest, _trainer_pb2.StartResponse]  # type: ignore[assignment]
-    """Begin a run. The same run_id with the same config again is a no-op that returns
-    its status; with another config it is ALREADY_EXISTS.
+    """Begin a run. The same run_id with the same config again goes on with a run that was killed,
+    stopped or failed, and is a no-op that returns the status of one that is going or has
+    succeeded; with another config it is ALREADY_EXISTS, naming the field.
     """
     Status: _aio.UnaryUnaryMultiCallable[_trainer_pb2.StatusRequest, _trainer_pb2.StatusResponse]  # type: ignore[assignment]
     Watch: _aio.UnaryStreamMultiCallable[_trainer_pb2.WatchRequest, _trainer_pb2.WatchResponse]  # type: ignore[assignment]
@@ -77,8 +79,9 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_pb2.StartRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.StartResponse, _abc.Awaitable[_trainer_pb2.StartResponse]]:
-        """Begin a run. The same run_id with the same config again is a no-op that returns
-        its status; with another config it is ALREADY_EXISTS.
+        """Begin a run. The same run_id with the same config again goes on with a run that was killed,
+        stopped or failed, and is a no-op that returns the status of one that is going or has
+        succeeded; with another config it is ALREADY_EXISTS, naming the field.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,115 @@
+"""Runs that were cut off go on where they were, at a trainer that starts anew, and end with the same weights."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.services.test_trainer import finished, rankings, reached, serving_trainer, sft_config, write_rows
+from trimtab.weights.store import open_store
+from trimtab_client import AlreadyExists, AsyncTrainerClient, FailedPrecondition
+from trimtab_client.v1 import trainer_pb2
+
+
+def final_digest(tmp_path: Path, run_id: str, name: str) -> str:
+    version = open_store(str(tmp_path / "store")).current_version(run_id, name)
+    assert version is not None
+    return version.digest
+
+
+def reward_config(model: Path, tmp_path: Path) -> trainer_pb2.RewardModelConfig:
+    config = trainer_pb2.RewardModelConfig(data=rankings(tmp_path, 60), epochs=3, batch_prompts=8)
+    config.stage.model = str(model)
+    config.stage.optimizer.learning_rate = 5e-3
+    return config
+
+
+async def cut_off(client: AsyncTrainerClient, config, step: int) -> int:
+    """Start "run", stop it once it has passed `step`; the step where it stopped."""
+    await client.start("run", config)
+    await reached(client, lambda status: status.step >= step)
+    await client.stop("run")
+    status, _ = await finished(client, "run")
+    assert status.state == "stopped" and step <= status.step < status.total_steps
+    return status.step
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+async def test_a_stopped_stage_goes_on_and_ends_with_the_weights_it_would_have_had(make_tiny, tmp_path, stage):
+    model = make_tiny("policy")
+    if stage == "sft":
+        config, name = sft_config(model, tmp_path, epochs=20, dropout=0.1), "policy"
+    else:
+        config, name = reward_config(model, tmp_path), "reward"
+    config.stage.checkpoint_every_steps = 4
+    async with serving_trainer(tmp_path) as client:
+        await client.start("calm", config)
+        _, calm_metrics = await finished(client, "calm")
+        await cut_off(client, config, 5)
+    async with serving_trainer(tmp_path) as client:
+        await client.start("run", config)
+        status, metrics = await finished(client, "run")
+    assert status.state == "succeeded", status.error
+    assert final_digest(tmp_path, "run", name) == final_digest(tmp_path, "calm", name)
+    assert [row.step for row in metrics] == [row.step for row in calm_metrics]
+    assert [row.values["loss"] for row in metrics] == [row.values["loss"] for row in calm_metrics]
+    assert not (tmp_path / "runs" / "run" / "state" / "checkpoints").exists()  # it has ended well
+
+
+async def test_another_config_under_a_known_run_id_is_refused_with_the_field(make_tiny, tmp_path):
+    model = make_tiny("policy")
+    async with serving_trainer(tmp_path) as client:
+        await cut_off(client, sft_config(model, tmp_path, epochs=200), 3)
+    async with serving_trainer(tmp_path) as client:
+        with pytest.raises(AlreadyExists, match="batch_size 8, not 4") as refused:
+            await client.start("run", sft_config(model, tmp_path, epochs=200, batch_size=4))
+        assert refused.value.field == "sft.batch_size"
+        with pytest.raises(AlreadyExists):
+            await client.start("run", reward_config(model, tmp_path))
+
+
+async def test_a_run_that_has_succeeded_is_not_run_again(make_tiny, tmp_path):
+    config = sft_config(make_tiny("policy"), tmp_path)
+    async with serving_trainer(tmp_path) as client:
+        await client.start("run", config)
+        before, metrics = await finished(client, "run")
+    async with serving_trainer(tmp_path) as client:
+        status = await client.start("run", config)
+        _, again = await finished(client, "run")
+    assert status.state == "succeeded" and status.step == 6 and status.published == before.published
+    assert [row.values["loss"] for row in again] == [row.values["loss"] for row in metrics]
+
+
+async def test_data_that_changed_meanwhile_is_refused(make_tiny, tmp_path):
+    config = sft_config(make_tiny("policy"), tmp_path, epochs=200)
+    async with serving_trainer(tmp_path) as client:
+        await cut_off(client, config, 3)
+        write_rows(tmp_path / "sft.jsonl", [{"prompt": "w1", "completion": " w2"}] * 24)
+        await client.start("run", config)
+        status, _ = await finished(client, "run")
+    assert status.state == "failed" and status.error.startswith("data: its rows")
+
+
+async def test_a_checkpoint_that_was_asked_for_outlives_a_kill_right_after_it(make_tiny, tmp_path):
+    config = sft_config(make_tiny("policy"), tmp_path, epochs=200)
+    config.stage.checkpoint_every_steps = 10_000
+    async with serving_trainer(tmp_path) as client:
+        await client.start("run", config)
+        (version,) = await client.checkpoint("run")
+        saved = [int(path.name) for path in (tmp_path / "runs/run/state/checkpoints").glob("0*")]
+        await client.stop("run")
+        await finished(client, "run")
+    assert saved == [version.step]
+
+
+async def test_two_trainers_never_work_on_one_run(make_tiny, tmp_path):
+    config = sft_config(make_tiny("policy"), tmp_path, epochs=2000)
+    async with serving_trainer(tmp_path) as one, serving_trainer(tmp_path) as other:
+        await one.start("run", config)
+        await reached(one, lambda status: status.step >= 1)
+        await other.start("run", config)
+        status, _ = await finished(other, "run")
+        assert status.state == "failed" and "process" in status.error
+        with pytest.raises(FailedPrecondition):
+            await other.pause("run")
+        await one.stop("run")
+        assert (await finished(one, "run"))[0].state == "stopped"
