@@ -14,6 +14,7 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from trimtab.runtime.auth_config import AuthConfig
 from trimtab.runtime.config import RequestLimits, ServiceConfig
 from trimtab.runtime.errors import StartError, exhausted, invalid
 from trimtab.runtime.server import Load, RunningServer, ServerContext, Service
@@ -259,42 +260,6 @@ async def test_a_health_port_of_its_own_serves_nothing_else():
         assert (await failure(address)).code() == StatusCode.UNIMPLEMENTED
 
 
-async def test_calls_need_a_token_with_the_role_and_health_needs_none(tmp_path):
-    tokens = tmp_path / "tokens"
-    tokens.write_text("# two callers\nsecret-a generate\nsecret-b score,train\nsecret-c\n")
-    async with running(one, token_file=tokens) as server:
-        assert await health(server.address) == SERVING
-
-        async def code_for(*authorization: str) -> StatusCode:
-            metadata = [("authorization", value) for value in authorization]
-            try:
-                await generate(server.address, metadata=metadata)
-            except grpc.aio.AioRpcError as error:
-                assert "secret" not in (error.details() or "")
-                return error.code()
-            return StatusCode.OK
-
-        assert await code_for() == StatusCode.UNAUTHENTICATED
-        assert await code_for("Bearer secret-x") == StatusCode.UNAUTHENTICATED
-        assert await code_for("Basic secret-a") == StatusCode.UNAUTHENTICATED
-        assert await code_for("Bearer secret-b") == StatusCode.PERMISSION_DENIED
-        assert await code_for("Bearer secret-a") == StatusCode.OK
-        assert await code_for("Bearer secret-c") == StatusCode.OK
-        tokens.write_text("secret-d generate\n")
-        assert await code_for("Bearer secret-a") == StatusCode.UNAUTHENTICATED
-        assert await code_for("Bearer secret-d") == StatusCode.OK
-
-
-@pytest.mark.parametrize("content", [None, "", "secret-a fly", "secret-a score train"])
-async def test_an_unusable_token_file_is_named_at_start_without_its_secrets(tmp_path, content):
-    tokens = tmp_path / "tokens"
-    if content is not None:
-        tokens.write_text(content)
-    with pytest.raises(StartError, match=r"^token_file: .*tokens") as caught:
-        await running(one, token_file=tokens).start()
-    assert "secret" not in str(caught.value)
-
-
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")
@@ -320,7 +285,8 @@ async def test_tls_serves_those_who_trust_it_and_nobody_in_plain_text(certificat
 
 async def test_mutual_tls_refuses_a_client_without_a_certificate(certificate):
     cert, key = certificate
-    async with running(one, tls_cert=cert, tls_key=key, tls_client_ca=cert) as server:
+    roles = AuthConfig(certificates={"localhost": ("generate",)})
+    async with running(one, tls_cert=cert, tls_key=key, tls_client_ca=cert, auth=roles) as server:
         for own, expected in [((key.read_bytes(), cert.read_bytes()), None), ((None, None), StatusCode.UNAVAILABLE)]:
             credentials = grpc.ssl_channel_credentials(cert.read_bytes(), *own)
             async with grpc.aio.secure_channel(server.address, credentials) as channel:

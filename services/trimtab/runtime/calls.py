@@ -1,27 +1,32 @@
-"""What surrounds every call: tokens, refusals while loading or draining, errors to statuses, metrics, logs of faults.
+"""What surrounds every call: who calls, refusals while loading or draining, errors to statuses, metrics, the audit log.
 
-An interceptor over the room's own services; health and reflection pass untouched.
+An interceptor over everything but health. A caller is known and allowed before a byte of the request is parsed.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
-from trimtab.runtime.auth import TokenFile
+from trimtab.runtime.audit import AuditLog, target_of
+from trimtab.runtime.auth import ANYONE, Authenticator, Principal, require
+from trimtab.runtime.auth_config import AuthConfig
 from trimtab.runtime.config import RequestLimits
-from trimtab.runtime.errors import ServiceError, abort, as_service_error, exhausted, internal, unavailable
+from trimtab.runtime.errors import ServiceError, abort, as_service_error, exhausted, internal, invalid, unavailable
 from trimtab.runtime.logs import get_logger
 from trimtab.runtime.metrics import Metrics
+from trimtab.runtime.roles import PUBLIC, rule_of
 
 log = get_logger(__name__)
 
 Behaviour = Callable[[Any, grpc.aio.ServicerContext], Any]
-INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
+Parse = Callable[[bytes], Any]
+SAN_PROPERTY = "x509_subject_alternative_name"
 FAULTS = (StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS)
 
 
@@ -34,10 +39,17 @@ def deadline_of(context: grpc.aio.ServicerContext) -> float | None:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Counts, refuses and translates. `refusal` is set while the server loads or drains, None while it serves."""
 
-    def __init__(self, metrics: Metrics, limits: RequestLimits, tokens: TokenFile | None = None) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        limits: RequestLimits,
+        authenticator: Authenticator | None = None,
+        audit: AuditLog | None = None,
+    ) -> None:
         self._metrics = metrics
-        self._tokens = tokens
         self._limits = limits
+        self._authenticator = authenticator or Authenticator(AuthConfig())
+        self.audit = audit or AuditLog()
         self.refusal: str | None = "the server is loading its model"
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -53,41 +65,83 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         method = handler_call_details.method
-        if method.startswith(INFRASTRUCTURE):
+        rule = rule_of(method)
+        if rule is not None and rule.needs == PUBLIC:
             return await continuation(handler_call_details)
-        if self._tokens is not None:
-            metadata: Any = handler_call_details.invocation_metadata  # pyright: ignore: missing in the stubs
-            denied = self._tokens.refusal(method, metadata)
-            if denied is not None:
-                return _refusing(denied)
         if self.refusal is not None:
-            return _refusing(unavailable(self.refusal))
+            return grpc.unary_unary_rpc_method_handler(self._refusing(method, self.refusal))
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None
-        _, service, name = method.split("/")
+        parse, serialize = handler.request_deserializer, handler.response_serializer
         if handler.unary_unary is not None:
-            wrap, behaviour = grpc.unary_unary_rpc_method_handler, self._unary(handler.unary_unary, service, name)
-        elif handler.unary_stream is not None:
-            wrap, behaviour = grpc.unary_stream_rpc_method_handler, self._stream(handler.unary_stream, service, name)
+            behaviour = self._unary(handler.unary_unary, method, parse)
+            return grpc.unary_unary_rpc_method_handler(behaviour, None, serialize)
+        if handler.unary_stream is not None:
+            behaviour = self._stream(handler.unary_stream, method, parse)
+            return grpc.unary_stream_rpc_method_handler(behaviour, None, serialize)
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(self._both(handler.stream_stream, method), parse, serialize)
+        raise TypeError(f"{method}: client streams have no place in the wire contract")
+
+    async def admit(self, method: str, context: grpc.aio.ServicerContext) -> Principal:
+        """Who calls; UNAUTHENTICATED, or PERMISSION_DENIED where they may not call this method."""
+        if self._authenticator.is_open:
+            principal = ANYONE
         else:
-            raise TypeError(f"{method}: client streams have no place in the wire contract")
-        return wrap(behaviour, handler.request_deserializer, handler.response_serializer)
+            metadata: Any = context.invocation_metadata() or ()
+            names = context.auth_context().get(SAN_PROPERTY, ())
+            principal = await self._authenticator.admit(metadata, [str(name, "utf-8", "replace") for name in names])
+        rule = rule_of(method)
+        try:
+            if rule is None:
+                raise ServiceError(
+                    StatusCode.PERMISSION_DENIED, f"{method} has no rule in trimtab.runtime.roles: nobody may call it"
+                )
+            require(principal, rule.needs)
+        except ServiceError as error:
+            if rule is not None and rule.audited:
+                self.audit.act(who=principal.name, what=method, outcome=error.code.name, peer=context.peer())
+            raise
+        return principal
 
-    def _unary(self, behaviour: Behaviour, service: str, method: str) -> Behaviour:
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with _Call(self, service, method, context):
-                return await behaviour(request, context)
+    def _refusing(self, method: str, reason: str) -> Behaviour:
+        async def refuse(request: bytes, context: grpc.aio.ServicerContext) -> None:
+            try:
+                await self.admit(method, context)
+            except ServiceError as error:
+                await abort(context, error)
+            await abort(context, unavailable(reason))
 
-        return call
+        return refuse
 
-    def _stream(self, behaviour: Behaviour, service: str, method: str) -> Behaviour:
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            async with _Call(self, service, method, context):
-                async for response in behaviour(request, context):
+    def _unary(self, behaviour: Behaviour, method: str, parse: Parse) -> Behaviour:
+        async def respond(payload: bytes, context: grpc.aio.ServicerContext) -> Any:
+            async with _Call(self, method, context) as call:
+                return await behaviour(call.parsed(payload, parse), context)
+
+        return respond
+
+    def _stream(self, behaviour: Behaviour, method: str, parse: Parse) -> Behaviour:
+        async def respond(payload: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async with _Call(self, method, context) as call:
+                async for response in behaviour(call.parsed(payload, parse), context):
                     yield response
 
-        return call
+        return respond
+
+    def _both(self, behaviour: Behaviour, method: str) -> Behaviour:
+        """Reflection: a conversation that a drain does not wait for."""
+
+        async def respond(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            try:
+                await self.admit(method, context)
+            except ServiceError as error:
+                await abort(context, error)
+            async for response in behaviour(requests, context):
+                yield response
+
+        return respond
 
     def _enter(self) -> None:
         self._in_flight += 1
@@ -111,22 +165,38 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """One call from its first line to its status."""
 
-    def __init__(
-        self, interceptor: CallInterceptor, service: str, method: str, context: grpc.aio.ServicerContext
-    ) -> None:
+    def __init__(self, interceptor: CallInterceptor, method: str, context: grpc.aio.ServicerContext) -> None:
         self._interceptor = interceptor
-        self._service = service
-        self._method = method
+        self._path = method
+        _, self._service, self._method = method.split("/")
         self._context = context
         self._started_s = 0.0
+        self._principal: Principal | None = None
+        self._target = ""
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> Self:
         self._started_s = time.monotonic()
         self._interceptor._enter()
-        overload = self._interceptor.overload()
-        if overload is not None:
-            self._finish(overload.code)
-            await abort(self._context, overload)
+        try:
+            overload = self._interceptor.overload()
+            if overload is not None:
+                raise overload
+            self._principal = await self._interceptor.admit(self._path, self._context)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, None)
+            raise
+        return self
+
+    def parsed(self, payload: bytes, parse: Parse) -> Any:
+        """The request; INVALID_ARGUMENT for bytes that are no message of its kind."""
+        try:
+            request = parse(payload)
+        except DecodeError:
+            raise invalid("request", f"the {len(payload)} bytes are not a request of {self._method}") from None
+        rule = rule_of(self._path)
+        if rule is not None and rule.audited:
+            self._target = target_of(request)
+        return request
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
@@ -149,6 +219,10 @@ class _Call:
 
     def _finish(self, code: StatusCode) -> None:
         seconds = time.monotonic() - self._started_s
+        rule = rule_of(self._path)
+        if rule is not None and rule.audited and self._principal is not None:
+            who, peer = self._principal.name, self._context.peer()
+            self._interceptor.audit.act(who=who, what=self._path, target=self._target, outcome=code.name, peer=peer)
         self._interceptor._leave(self._service, self._method, code, seconds)
         log.debug("call", service=self._service, method=self._method, code=code.name, seconds=round(seconds, 4))
 
@@ -159,10 +233,3 @@ def _set_code(context: grpc.aio.ServicerContext) -> StatusCode | None:
     if isinstance(code, StatusCode):
         return code
     return next((known for known in StatusCode if known.value[0] == code), None)
-
-
-def _refusing(error: ServiceError) -> Any:
-    async def refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
-        await abort(context, error)
-
-    return grpc.unary_unary_rpc_method_handler(refuse)

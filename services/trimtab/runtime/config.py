@@ -19,6 +19,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from trimtab.runtime.auth_config import AuthConfig
+
 ENV_PREFIX = "TRIMTAB_"
 ENV_NESTED_DELIMITER = "__"
 
@@ -54,7 +56,7 @@ class ServiceConfig(BaseSettings):
     tls_client_ca: Path | None = Field(
         default=None, description="PEM authorities of client certificates; asks for mTLS."
     )
-    token_file: Path | None = Field(default=None, description="Lines `TOKEN ROLE,ROLE`: calls need one of the tokens.")
+    auth: AuthConfig = AuthConfig()
     insecure: bool = Field(default=False, description="Allow a bind beyond loopback without TLS.")
 
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
@@ -91,8 +93,14 @@ class ServiceConfig(BaseSettings):
             raise ValueError(f"{missing}: tls_cert and tls_key must be given together")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca: needs tls_cert and tls_key")
-        if self.token_file is not None and not self.has_tls and not is_loopback(self.host):
-            raise ValueError("token_file: bearer tokens travel over TLS only; give tls_cert and tls_key")
+        if self.tls_client_ca is not None and self.auth.is_open:
+            raise ValueError(
+                "auth.certificates: tls_client_ca asks callers for certificates; say which names have which roles"
+            )
+        if self.auth.certificates and self.tls_client_ca is None:
+            raise ValueError("tls_client_ca: auth.certificates needs the authorities that sign clients' certificates")
+        if self.auth.wants_tokens and not self.has_tls and not is_loopback(self.host):
+            raise ValueError("auth: bearer tokens travel over TLS only; give tls_cert and tls_key")
         if not self.has_tls and not self.insecure and not is_loopback(self.host):
             raise ValueError(
                 f"host: {self.host} is reachable from other machines; give tls_cert and tls_key, or insecure: true"

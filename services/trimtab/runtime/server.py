@@ -21,9 +21,10 @@ import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
 from trimtab.runtime import health
-from trimtab.runtime.auth import TokenFile
+from trimtab.runtime.audit import AuditLog
+from trimtab.runtime.auth import Authenticator
 from trimtab.runtime.calls import CallInterceptor
-from trimtab.runtime.config import ServiceConfig
+from trimtab.runtime.config import ServiceConfig, is_loopback
 from trimtab.runtime.device_worker import DeviceWorker
 from trimtab.runtime.errors import StartError, as_service_error
 from trimtab.runtime.logs import configure_logs, get_logger
@@ -134,10 +135,15 @@ class RunningServer:
     async def start(self) -> None:
         """Listen with health NOT_SERVING and begin to load."""
         config = self.config
+        if config.auth.is_open and not config.insecure and not is_loopback(config.host):
+            raise StartError(
+                f"auth: {config.host} is reachable from other machines and everybody may call; set auth.keys_file, "
+                "auth.jwt or auth.certificates, or insecure: true"
+            )
         credentials = server_credentials(config)
-        tokens = TokenFile(config.token_file) if config.token_file is not None else None
+        self._authenticator, audit = Authenticator(config.auth), AuditLog(config.auth.audit_file)
         self.context = ServerContext(self._label, config)
-        self._calls = CallInterceptor(self.context.metrics, config.limits, tokens)
+        self._calls = CallInterceptor(self.context.metrics, config.limits, self._authenticator, audit)
         self._health = health.Health(self._names)
         await self._health.set_serving(False)
         self._server = grpc.aio.server(interceptors=[self._calls], options=_options(config))
@@ -191,6 +197,7 @@ class RunningServer:
             await self._health_server.stop(None)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
+        self._authenticator.close()
         if self.config.ready_file is not None:
             self.config.ready_file.unlink(missing_ok=True)
         log.info("drained", service=self._label, finished=finished, seconds=round(time.monotonic() - started_s, 3))

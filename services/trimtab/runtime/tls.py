@@ -1,5 +1,10 @@
-"""Server credentials from PEM files, read again for each new connection so that a renewed one needs no restart."""
+"""Server credentials from PEM files, read again for each new connection so that a renewed one needs no restart.
 
+A certificate and key that do not belong together (one of them is being replaced) leave the old pair in force.
+"""
+
+import ssl
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,38 +13,67 @@ import grpc
 from trimtab.runtime.config import ServiceConfig
 from trimtab.runtime.errors import StartError
 from trimtab.runtime.logs import get_logger
+from trimtab.runtime.reloading import stamp_of
 
 log = get_logger(__name__)
 
+COMPLAINT_PAUSE_S = 60.0
+
 
 def server_credentials(config: ServiceConfig) -> grpc.ServerCredentials | None:
-    """Credentials of the config's certificate and key, or None without TLS. StartError where a file cannot be read."""
+    """Credentials of the config's certificate and key, or None without TLS. StartError where a file is unusable."""
     if config.tls_cert is None or config.tls_key is None:
         return None
-    cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
-    first = _read_all(cert, key, client_ca)
-    initial = grpc.ssl_server_certificate_configuration(*first)
-    last = first
+    files = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+    initial = grpc.ssl_server_certificate_configuration(*files.read())
 
     def fetch() -> Any:  # None, which the stubs forget, keeps the old one
-        nonlocal last
+        renewed = files.renewed()
+        return None if renewed is None else grpc.ssl_server_certificate_configuration(*renewed)
+
+    asks = config.tls_client_ca is not None
+    return grpc.dynamic_ssl_server_credentials(initial, fetch, require_client_authentication=asks)
+
+
+class TlsFiles:
+    """A server's certificate, its key, and the authorities of clients: read whole, checked, and again on change."""
+
+    def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
+        self._cert = cert
+        self._key = key
+        self._client_ca = client_ca
+        self._stamps = self._look()
+        self._complained_s = float("-inf")
+
+    def read(self) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
+        """[(key, chain)] and the authorities, as gRPC takes them; StartError that names the unusable file."""
+        authorities = _read("tls_client_ca", self._client_ca) if self._client_ca is not None else None
+        pair = _read("tls_key", self._key), _read("tls_cert", self._cert)
         try:
-            files = _read_all(cert, key, client_ca)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._cert, self._key)
+        except (ssl.SSLError, OSError) as error:
+            reason = getattr(error, "reason", None) or error.strerror or "unreadable"
+            raise StartError(f"tls_cert: {self._cert} and {self._key} are no usable pair: {reason}") from None
+        return [pair], authorities
+
+    def renewed(self) -> tuple[list[tuple[bytes, bytes]], bytes | None] | None:
+        """What to use from now on, or None where nothing changed or what is there is unusable (then it is logged)."""
+        stamps = self._look()
+        if stamps == self._stamps:
+            return None
+        try:
+            files = self.read()
         except StartError as error:
-            log.error("keeping the old certificate", reason=str(error))
+            if time.monotonic() - self._complained_s > COMPLAINT_PAUSE_S:
+                self._complained_s = time.monotonic()
+                log.error("keeping the old certificate", reason=str(error))
             return None
-        if files == last:
-            return None
-        last = files
-        log.info("certificate reloaded", path=str(cert))
-        return grpc.ssl_server_certificate_configuration(*files)
+        self._stamps, self._complained_s = stamps, float("-inf")
+        log.info("certificate reloaded", path=str(self._cert))
+        return files
 
-    return grpc.dynamic_ssl_server_credentials(initial, fetch, require_client_authentication=client_ca is not None)
-
-
-def _read_all(cert: Path, key: Path, client_ca: Path | None) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
-    authorities = _read("tls_client_ca", client_ca) if client_ca is not None else None
-    return [(_read("tls_key", key), _read("tls_cert", cert))], authorities
+    def _look(self) -> tuple[object, ...]:
+        return tuple(stamp_of(path) for path in (self._cert, self._key, self._client_ca) if path is not None)
 
 
 def _read(field: str, path: Path) -> bytes:
