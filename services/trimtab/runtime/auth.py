@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from grpc import StatusCode
 
@@ -211,7 +212,7 @@ class Authenticator:
 
 def _bearer(headers: Headers) -> str | None:
     """The bearer token in headers or metadata; UNAUTHENTICATED for another scheme."""
-    pairs = headers.items() if isinstance(headers, Mapping) else headers
+    pairs: Any = headers.items() if isinstance(headers, Mapping) else headers
     given = next((value for key, value in pairs if key.lower() == METADATA_KEY), None)
     if given is None:
         return None
