@@ -33,7 +33,8 @@ class RMSNormFunction(torch.autograd.Function):
         product_ND = g_ND * unit_ND
         dweight_D = product_ND.sum(0)
         projection_N = product_ND @ wide_D
-        dx_ND = (g_ND * wide_D).addcmul_(unit_ND, projection_N[:, None], value=-1 / size).mul_(inverse.reshape(-1, 1))
+        scaled_ND = g_ND * wide_D if upstream[0].dtype == dtype else g_ND.mul_(wide_D)  # a copy may be written over
+        dx_ND = scaled_ND.addcmul_(unit_ND, projection_N[:, None], value=-1 / size).mul_(inverse.reshape(-1, 1))
         return dx_ND.to(unit.dtype).view_as(unit), dweight_D.to(weight_D.dtype), None
 
 
@@ -51,7 +52,7 @@ def _normalized(x: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Te
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-    return (wide * inverse).to(x.dtype), inverse
+    return (wide * inverse if wide is x else wide.mul_(inverse).to(x.dtype)), inverse
 
 
 def _forward(module: Any, epsilon: float, x: torch.Tensor) -> Any:
