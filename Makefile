@@ -60,8 +60,11 @@ demo-rounds: install   ## three rounds with a simulated labeler; killed anywhere
 	$(BIN)/trimtab rounds run examples/rounds/stories.yaml
 	$(BIN)/trimtab rounds status runs/stories
 
-bench: install         ## one PPO update beside TRL's, whose environment is made on first use
-	$(BIN)/python -m benchmarks.ppo_step --peer-env .venv-trl --out ppo_step.json
+bench: install         ## speed beside the peers, whose environments are made on first use; half an hour on a quiet machine
+	mkdir -p build/bench
+	$(BIN)/python -m benchmarks.ppo_step --peer-env build/trl-venv --out build/bench/ppo_step.json
+	$(BIN)/python -m benchmarks.reward_training --peer-env build/trl-venv --out build/bench/reward_training.json
+	$(BIN)/python -m benchmarks.kernels --out build/bench/kernels.json --plot build/bench/kernels.png
 
 protos: install        ## generate the stubs from protos/
 	$(BIN)/python clients/python/generate_stubs.py
