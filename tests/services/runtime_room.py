@@ -1,6 +1,7 @@
 """A server of a few lines on the runtime, for tests of processes: `runtime_room.py MODE key=value…`.
 
-It answers LogProbs after `temperature` seconds, which it spends on the device thread where include_lse is set.
+It answers LogProbs after `temperature` seconds, which it spends on the device thread where include_lse is set, and on
+the event loop, which it blocks, where include_entropy is.
 MODE: "serve", "fail" (its load raises a StartError), "defect" (its
 load has a bug) or "hang" (its load never ends).
 """
@@ -30,6 +31,8 @@ class Slow(reference_pb2_grpc.ReferenceServiceServicer):
     ) -> reference_pb2.LogProbsResponse:
         if request.include_lse:
             await self.worker.run(time.sleep, request.temperature)
+        elif request.include_entropy:
+            time.sleep(request.temperature)  # noqa: ASYNC251 (the fault that is wanted)
         else:
             await asyncio.sleep(request.temperature)
         return reference_pb2.LogProbsResponse(hidden_size=7)

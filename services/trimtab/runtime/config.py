@@ -51,6 +51,11 @@ class ServiceConfig(BaseSettings):
     health_port: int | None = Field(
         default=None, ge=0, le=65535, description="A second port with only grpc.health.v1, without TLS, for probes."
     )
+    liveness_s: float | None = Field(
+        default=120.0,
+        gt=0,
+        description="The liveness probe fails after so long without progress while work waits; empty: never.",
+    )
     tls_cert: Path | None = Field(default=None, description="PEM certificate chain of the server.")
     tls_key: Path | None = Field(default=None, description="PEM private key of the server.")
     tls_client_ca: Path | None = Field(

@@ -1,6 +1,7 @@
 """grpc.health.v1 for one server: one status per service name and the overall one under "".
 
-NOT_SERVING while the model loads and while the server drains, SERVING in between, also during a hot swap.
+NOT_SERVING while the model loads and while the server drains, SERVING in between, also during a hot swap. `probes` is
+the same on a port of its own, for those who cannot do TLS.
 """
 
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ SERVICE = health.SERVICE_NAME
 
 
 class Health:
-    """The statuses, offered on any number of ports."""
+    """The statuses, offered on the services' own port."""
 
     def __init__(self, service_names: Iterable[str]) -> None:
         self._names = (OVERALL, *service_names)

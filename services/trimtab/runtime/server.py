@@ -29,6 +29,7 @@ from trimtab.runtime.device_worker import DeviceWorker
 from trimtab.runtime.errors import StartError, as_service_error
 from trimtab.runtime.logs import configure_logs, get_logger
 from trimtab.runtime.metrics import Metrics, MetricsServer
+from trimtab.runtime.probes import EventLoopBeat, ProbeServer
 from trimtab.runtime.tls import server_credentials
 
 log = get_logger(__name__)
@@ -147,22 +148,24 @@ class RunningServer:
         self._health = health.Health(self._names)
         await self._health.set_serving(False)
         self._server = grpc.aio.server(interceptors=[self._calls], options=_options(config))
-        self._health_server = grpc.aio.server(options=_options(config)) if config.health_port is not None else None
+        self._beat = EventLoopBeat()
+        self._probes: ProbeServer | None = None
         self._health.add_to(self._server)
         reflection.enable_server_reflection((*self._names, health.SERVICE, reflection.SERVICE_NAME), self._server)
         self.port = _bind(self._server, "port", config.host, config.port, credentials)
-        if self._health_server is not None and config.health_port is not None:
-            self._health.add_to(self._health_server)
-            self.health_port = _bind(self._health_server, "health_port", config.host, config.health_port, None)
+        if config.health_port is not None:
+            target = _target(config.host, config.health_port)
+            self._probes = ProbeServer(target, self._names, stalled_s=self._stalled_s, liveness_s=config.liveness_s)
+            self.health_port = self._probes.port
         self._metrics_server: MetricsServer | None = None
         if config.metrics_port is not None:
             self._metrics_server = MetricsServer.start(self.context.metrics, config.host, config.metrics_port)
             self.metrics_port = self._metrics_server.port
         await self._server.start()
-        if self._health_server is not None:
-            await self._health_server.start()
+        loop = asyncio.get_running_loop()
+        self._beating = loop.create_task(self._beat.run(), name=f"{self._label}-beat")
         log.info("listening", service=self._label, address=self.address, metrics_port=self.metrics_port)
-        self._loading = asyncio.get_running_loop().create_task(self._bring_up(), name=f"{self._label}-load")
+        self._loading = loop.create_task(self._bring_up(), name=f"{self._label}-load")
 
     async def loaded(self) -> None:
         """Return once SERVING; raises what `load` raised."""
@@ -177,6 +180,8 @@ class RunningServer:
         started_s = time.monotonic()
         self._calls.refusal = "the server is draining"
         self.context.draining.set()
+        if self._probes is not None:
+            self._probes.set_ready(False)
         await self._health.shut_down()
         self._loading.cancel()
         await asyncio.wait([self._loading])
@@ -193,8 +198,9 @@ class RunningServer:
         await asyncio.wait([closing], timeout=max(left_s, CLOSE_PATIENCE_S))
         if not closing.done():
             log.warning("the device is still busy with work that nobody waits for", service=self._label)
-        if self._health_server is not None:
-            await self._health_server.stop(None)
+        self._beating.cancel()
+        if self._probes is not None:
+            await asyncio.to_thread(self._probes.close)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         self._authenticator.close()
@@ -206,6 +212,10 @@ class RunningServer:
         """End a drain's grace period: cancel the calls that are still in flight."""
         await self._server.stop(None)
 
+    def _stalled_s(self) -> float:
+        """Seconds without progress, asked by the probes' threads."""
+        return max(self.context.worker.stalled_s(), self._beat.blocked_s())
+
     async def _bring_up(self) -> None:
         started_s = time.monotonic()
         for service in await self._load(self.context):
@@ -214,6 +224,8 @@ class RunningServer:
             service.add(service.servicer, self._server)
         self._calls.refusal = None
         await self._health.set_serving(True)
+        if self._probes is not None and not self._drained:
+            self._probes.set_ready(True)
         self._write_ready_file()
         log.info(
             f"serving {self._label} on {self.address}",
@@ -312,7 +324,7 @@ def _options(config: ServiceConfig) -> list[tuple[str, Any]]:
 
 
 def _bind(server: grpc.aio.Server, field: str, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
-    target = f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+    target = _target(host, port)
     try:
         bound = (
             server.add_secure_port(target, credentials) if credentials is not None else server.add_insecure_port(target)
@@ -322,3 +334,7 @@ def _bind(server: grpc.aio.Server, field: str, host: str, port: int, credentials
     if bound == 0:
         raise StartError(f"{field}: cannot listen on {target}: the port is in use or the address is not this machine's")
     return bound
+
+
+def _target(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
