@@ -1,10 +1,20 @@
 """Runs that were cut off go on where they were, at a trainer that starts anew, and end with the same weights."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tests.services.test_trainer import finished, rankings, reached, serving_trainer, sft_config, write_rows
+from tests.services.test_trainer import (
+    finished,
+    ppo_config,
+    rankings,
+    reached,
+    serving_all,
+    serving_trainer,
+    sft_config,
+    write_rows,
+)
 from trimtab.weights.store import open_store
 from trimtab_client import AlreadyExists, AsyncTrainerClient, FailedPrecondition
 from trimtab_client.v1 import trainer_pb2
@@ -113,3 +123,32 @@ async def test_two_trainers_never_work_on_one_run(make_tiny, tmp_path):
             await other.pause("run")
         await one.stop("run")
         assert (await finished(one, "run"))[0].state == "stopped"
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+async def test_a_stopped_ppo_run_goes_on_without_counting_a_step_twice(make_tiny, tmp_path, staleness):
+    model, reward_model = make_tiny("policy"), make_tiny("reward", seed=3)
+    async with serving_all(model, tmp_path, reward_model) as (client, addresses):
+        config = ppo_config(
+            model,
+            tmp_path,
+            addresses,
+            addresses[2],
+            value_model=str(reward_model),
+            steps=9,
+            max_staleness=staleness,
+            ema_decay=0.9,
+            adaptive_kl_target=2.0,
+            adaptive_kl_horizon=100.0,
+        )
+        config.stage.checkpoint_every_steps = 4
+        await cut_off(client, config, 5)
+        async with serving_trainer(tmp_path) as other:
+            await other.start("run", config)
+            status, metrics = await finished(other, "run")
+        assert status.state == "succeeded", status.error
+    assert [row.step for row in metrics] == list(range(1, 10))
+    assert [version.name for version in status.published[-2:]] == ["policy-ema", "policy"]
+    samples = [json.loads(line)["step"] for line in (tmp_path / "runs/run/samples.jsonl").read_text().splitlines()]
+    assert sorted(samples) == samples and {samples.count(step) for step in range(1, 10)} == {8}
+    assert max(row.values["staleness_mean"] for row in metrics) <= staleness

@@ -52,6 +52,11 @@ class Journal:
         with self._lock:
             return sorted({step for step, _ in self._where})
 
+    def count(self, step: int) -> int:
+        """How many records a step has."""
+        with self._lock:
+            return sum(at == step for at, _ in self._where)
+
     def read(self, step: int) -> dict[int, bytes]:
         """The payloads of a step's records by index."""
         with self._lock:

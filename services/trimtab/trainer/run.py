@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
+from typing import TypeVar
 
 from trimtab_client import ModelVersion
+
+T = TypeVar("T")
+LOOK_FOR_STOP_S = 0.1
 
 
 class RunState(Enum):
@@ -71,6 +76,8 @@ class Run:
         self._changed = threading.Condition()
         self._snapshot = RunSnapshot(run_id, stage)
         self._events: list[StepMetrics] = []
+        self._activity = self._snapshot.activity
+        self._hindrances: dict[str, str] = {}
         self._listeners: list[Callable[[], None]] = []
         self._pause = self._stop = False
         self._checkpoints: list[Future[tuple[ModelVersion, ...]]] = []
@@ -79,7 +86,17 @@ class Run:
 
     def doing(self, activity: str) -> None:
         """Say what is being done or waited for."""
-        self._update(activity=activity)
+        with self._changed:
+            self._activity = activity
+        self._tell_activity()
+
+    def hindered(self, by: str, reason: str) -> None:
+        """Say beside that what keeps it from going on, and "" once it does."""
+        with self._changed:
+            self._hindrances.pop(by, None)
+            if reason:
+                self._hindrances[by] = reason
+        self._tell_activity()
 
     def plan(self, total_steps: int) -> None:
         """Say how many steps there will be."""
@@ -131,6 +148,12 @@ class Run:
         with self._changed:
             if self._stop:
                 raise StopRun
+
+    def wait(self, work: Future[T]) -> T:
+        """The result of work that another thread does, or what it raised; StopRun where a stop is asked for first."""
+        while not futures.wait([work], timeout=LOOK_FOR_STOP_S).done:
+            self.check_stop()
+        return work.result()
 
     def finish(self, state: RunState, error: str = "") -> None:
         """End the run."""
@@ -191,6 +214,11 @@ class Run:
                 self._listeners.remove(listener)
 
         return forget
+
+    def _tell_activity(self) -> None:
+        with self._changed:
+            shown = "; ".join([self._activity, *self._hindrances.values()])
+        self._update(activity=shown)
 
     def _ask(self, *, pause: bool) -> None:
         with self._changed:

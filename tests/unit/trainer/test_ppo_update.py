@@ -14,7 +14,7 @@ from trimtab.trainer.forward import response_logprobs, response_values, slice_ba
 from trimtab.trainer.optimizer import MasterWeightOptimizer
 from trimtab.trainer.ppo.experience import Episode, episode_scores, gather_experience
 from trimtab.trainer.ppo.loss import importance_weights, policy_statistics, value_terms
-from trimtab.trainer.ppo.prompts import PromptSampler, completion_seed
+from trimtab.trainer.ppo.prompts import Sampler, completion_seed
 from trimtab.trainer.ppo.rollout_metrics import rollout_metrics
 from trimtab.trainer.ppo.update import PpoUpdate
 from trimtab.trainer.side_by_side import SideBySide
@@ -258,12 +258,12 @@ def test_optimizer_state_restores_bitwise(tiny_folder):
 
 def test_prompt_sampler_shows_each_prompt_once_a_pass_and_resumes():
     prompts = [np.array([i], dtype=np.int32) for i in range(10)]
-    sampler = PromptSampler(prompts, seed=0)
+    sampler = Sampler(prompts, seed=0)
     first = [int(p[0]) for p in sampler.draw(10)]
     assert sorted(first) == list(range(10))
     state = sampler.state_dict()
     ahead = [int(p[0]) for p in sampler.draw(7)]
-    resumed = PromptSampler(prompts, seed=5)
+    resumed = Sampler(prompts, seed=5)
     resumed.load_state_dict(state)
     assert [int(p[0]) for p in resumed.draw(7)] == ahead
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 WHITEN_EPS = 1e-8
+GROUP_EPS = 1e-4
 
 
 def token_rewards(
@@ -47,6 +48,18 @@ def group_advantages(rewards_R: torch.Tensor, lengths: torch.Tensor, samples_per
     groups = returns_B.view(-1, samples_per_prompt)
     others = (groups.sum(1, keepdim=True) - groups) / (samples_per_prompt - 1)
     return (groups - others).flatten().repeat_interleave(lengths)
+
+
+def group_relative_advantages(rewards_R: torch.Tensor, lengths: torch.Tensor, samples_per_prompt: int) -> torch.Tensor:
+    """Each episode's return less the mean of its prompt's samples, over their deviation (GRPO, arXiv:2402.03300).
+
+    Zeros for a prompt whose returns are all equal. Episodes of a prompt stand next to each other.
+    """
+    returns_B = torch.stack([part.sum() for part in rewards_R.split(lengths.tolist())])
+    groups = returns_B.view(-1, samples_per_prompt)
+    centred = groups - groups.mean(1, keepdim=True)
+    scaled = centred / (groups.std(1, keepdim=True, unbiased=False) + GROUP_EPS)
+    return scaled.flatten().repeat_interleave(lengths)
 
 
 def whiten(values_R: torch.Tensor, *, shift_mean: bool = True) -> torch.Tensor:

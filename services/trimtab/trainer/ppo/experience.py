@@ -30,6 +30,11 @@ class Episode:
     reference_hidden: np.ndarray | None = None
 
     @property
+    def complete(self) -> bool:
+        """Whether score and reference log-probs are there."""
+        return self.reference_logprobs is not None and self.normalized_score == self.normalized_score
+
+    @property
     def token_ids(self) -> np.ndarray:
         """Prompt and response, int32 [T]."""
         return np.concatenate([self.completion.prompt_token_ids, self.completion.token_ids])

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from blake3 import blake3
 
+Item = TypeVar("Item")
 
-class PromptSampler:
-    """Draws prompts without replacement; each pass over the data is a fresh permutation."""
 
-    def __init__(self, prompts: Sequence[np.ndarray], seed: int) -> None:
-        self._prompts = prompts
+class Sampler(Generic[Item]):
+    """Draws items without replacement; each pass over the data is a fresh permutation."""
+
+    def __init__(self, items: Sequence[Item], seed: int | Sequence[int]) -> None:
+        self._items = items
         self._random = np.random.default_rng(seed)
         self._queue: list[int] = []
 
-    def draw(self, count: int) -> list[np.ndarray]:
-        """The next `count` prompts, int32 ids."""
+    def draw(self, count: int) -> list[Item]:
+        """The next `count` items."""
         while len(self._queue) < count:
-            self._queue += self._random.permutation(len(self._prompts)).tolist()
+            self._queue += self._random.permutation(len(self._items)).tolist()
         drawn, self._queue = self._queue[:count], self._queue[count:]
-        return [self._prompts[i] for i in drawn]
+        return [self._items[i] for i in drawn]
 
     def state_dict(self) -> dict[str, Any]:
         """RNG and what is left of the pass."""

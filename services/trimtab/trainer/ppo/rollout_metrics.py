@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from trimtab.kernels import kl
 from trimtab.trainer.ppo.advantages import explained_variance
-from trimtab.trainer.ppo.experience import Experience
+from trimtab.trainer.ppo.experience import Episode, Experience
 from trimtab.trainer.ppo.update import Targets
+
+
+def staleness_mean(episodes: Sequence[Episode], step: int) -> float:
+    """Versions between sampling and training, averaged over response tokens; 0 is strictly on-policy."""
+    runs = [run for episode in episodes for run in episode.completion.versions]
+    tokens = sum(run.token_count for run in runs)
+    return sum((step - 1 - run.version.step) * run.token_count for run in runs) / max(1, tokens)
 
 
 def rollout_metrics(experience: Experience, targets: Targets) -> dict[str, float]:

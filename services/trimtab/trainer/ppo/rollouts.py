@@ -1,79 +1,74 @@
 """Rollouts over the wire: as a completion arrives it goes to reward and reference at once.
 
 What waits for a service while a call to it is under way goes out together in the next call; the services
-work at the same time as the generator, and the result is ordered by index.
+work at the same time as the generator, and the result is ordered by index. A service that is away is waited for; what
+has come is kept. When which batch is asked for is `pipeline`'s matter.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.models.tokenizers import decode
+from trimtab.trainer.patience import Patience
+from trimtab.trainer.ppo.batches import Batch, StageClock
 from trimtab.trainer.ppo.experience import Episode
+from trimtab.trainer.ppo.generator_pool import GeneratorPool
 from trimtab.trainer.ppo.prompts import completion_seed
 from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.stages import PpoConfig
 from trimtab_client import (
-    AsyncGeneratorClient,
     AsyncReferenceClient,
     AsyncRewardClient,
+    AtLeast,
     ChannelOptions,
+    Completion,
     ModelInfo,
     ModelVersion,
     RaggedTokens,
     Sampling,
 )
 
-SERVICE_RETRIES = 30
-"""A service that restarts is waited for: about two minutes, the longest delay between tries being 5 s."""
-
-
-@dataclass
-class StageClock:
-    """Seconds in which a service had work of this step, and the seconds the step waited for it alone."""
-
-    busy_s: float = 0.0
-    waited_s: float = 0.0
-
-
-@dataclass
-class RolloutClocks:
-    """One clock a service."""
-
-    generate: StageClock = field(default_factory=StageClock)
-    score: StageClock = field(default_factory=StageClock)
-    reference: StageClock = field(default_factory=StageClock)
+OTHER_REPLICA_RETRIES = 1
+"""A call goes to the other addresses at once; beyond that `Patience` tries again, and says why."""
 
 
 class RolloutClients:
     """The three services a PPO run calls; checked against the policy when opened.
 
     Attributes:
+        generator: its replicas, and the version that they shall serve.
         reference_model: what the reference served when it was checked. With exact KL every call is pinned to it.
     """
 
-    def __init__(self, config: PpoConfig, tokenizer: PreTrainedTokenizerBase, timeout_s: float = 600.0) -> None:
+    def __init__(self, config: PpoConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str, str], None]) -> None:
+        """`say` is told which service is waited for, and why."""
         self.config = config
         self.tokenizer = tokenizer
-        self.timeout_s = timeout_s
-        options = ChannelOptions(timeout_s=timeout_s, retries=SERVICE_RETRIES)
-        self.generator = AsyncGeneratorClient(config.generator_address, options)
+        self.timeout_s = config.service_timeout_s
+        self.patience = Patience(self.timeout_s, say)
+        options = ChannelOptions(timeout_s=self.timeout_s, retries=OTHER_REPLICA_RETRIES)
+        self.generator = GeneratorPool(config.generator_address, options, self.timeout_s)
         self.reward = AsyncRewardClient(config.reward_address, options)
         self.reference = AsyncReferenceClient(config.reference_address, options)
+        self._names = {
+            name: f"{name} at {getattr(config, f'{name}_address')}" for name in ("generator", "reward", "reference")
+        }
         self.tokenizer_digest = ""
         self.reference_model: ModelInfo | None = None
 
     async def check(self, tokenizer_digest: str) -> None:
         """Refuse services whose tokenizer is not the policy's; the reward's may differ with score_text."""
         self.tokenizer_digest = tokenizer_digest
-        for name, client in (("generator", self.generator), ("reference", self.reference), ("reward", self.reward)):
-            model = await client.get_model()
+        clients = {"generator": self.generator.client, "reference": self.reference, "reward": self.reward}
+        for name, client in clients.items():
+            model = await self.patience.until_answered(self._names[name], client.get_model)
             foreign = model.tokenizer_digest != tokenizer_digest
             if foreign and not (name == "reward" and self.config.score_text):
                 advice = "; set score_text: true to send it text" if name == "reward" else ""
@@ -83,48 +78,45 @@ class RolloutClients:
 
     async def load_version(self, version: ModelVersion) -> None:
         """Make the generator serve a version; returns once it does."""
-        await self.generator.load_version(version)
+        self.generator.newest = version
+        await self.patience.until_answered(self._names["generator"], self.generator.load)
 
-    async def collect(
-        self, prompts: Sequence[np.ndarray], step: int, version: ModelVersion
-    ) -> tuple[list[Episode], RolloutClocks]:
-        """Sample, score and reference a step's episodes; `prompts` are ids, each sampled `samples_per_prompt` times."""
-        config = self.config
-        count = config.samples_per_prompt
-        episodes: dict[int, Episode] = {}
-        clocks = RolloutClocks()
+    async def collect(self, batch: Batch, keep: Callable[[int, Episode], None]) -> None:
+        """Sample, score and reference what a batch lacks; `keep` is given each episode that is complete."""
         to_score: asyncio.Queue[int | None] = asyncio.Queue()
         to_reference: asyncio.Queue[int | None] = asyncio.Queue()
-        sampling = Sampling(
-            n=count,
-            max_tokens=config.max_new_tokens,
-            min_tokens=config.min_new_tokens,
-            temperature=config.temperature,
-            ignore_eos=config.ignore_eos,
-        )
-        seeds = [[completion_seed(config.stage.seed, step, i, k) for k in range(count)] for i in range(len(prompts))]
+        clocks = batch.clocks
+
+        def arrived(index: int, completion: Completion) -> None:
+            batch.episodes[index] = Episode(completion)
+            to_score.put_nowait(index)
+            to_reference.put_nowait(index)
 
         async def generate() -> None:
             started = time.perf_counter()
-            stream = self.generator.generate(
-                list(prompts), sampling=sampling, seeds=seeds, version=version, timeout_s=self.timeout_s
-            )
-            async for completion in stream:
-                if any(run.version.digest != version.digest for run in completion.versions):
-                    raise RunFailedError(f"the generator sampled with {completion.versions}, not with {version}")
-                index = completion.prompt_index * count + completion.sample_index
-                episodes[index] = Episode(completion)
-                to_score.put_nowait(index)
-                to_reference.put_nowait(index)
-            clocks.generate.busy_s = clocks.generate.waited_s = time.perf_counter() - started
+            async with self.generator.kept_loaded():
+                await self.patience.until_answered(
+                    self._names["generator"], lambda: self._generate(batch, arrived), lambda: len(batch.episodes)
+                )
+            clocks.generate.ended_at = time.perf_counter()
+            clocks.generate.busy_s = clocks.generate.ended_at - started
             to_score.put_nowait(None)
             to_reference.put_nowait(None)
 
         async def score(indices: list[int]) -> None:
-            await self._score([episodes[i] for i in indices])
+            episodes = [batch.episodes[i] for i in indices]
+            await self.patience.until_answered(self._names["reward"], lambda: self._score(episodes))
+            keep_complete(indices)
 
         async def reference(indices: list[int]) -> None:
-            await self._reference([episodes[i] for i in indices])
+            episodes = [batch.episodes[i] for i in indices]
+            await self.patience.until_answered(self._names["reference"], lambda: self._reference(episodes))
+            keep_complete(indices)
+
+        def keep_complete(indices: list[int]) -> None:
+            for index in indices:
+                if batch.episodes[index].complete:
+                    keep(index, batch.episodes[index])
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -133,7 +125,39 @@ class RolloutClients:
                 group.create_task(_drain(to_reference, reference, clocks.reference))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return [episodes[i] for i in range(len(prompts) * count)], clocks
+
+    async def _generate(self, batch: Batch, arrived: Callable[[int, Completion], None]) -> None:
+        """Ask once for what the batch lacks; each completion is handed to `arrived` under its index."""
+        config, newest = self.config, self.generator.newest
+        assert newest is not None, "load_version first"
+        oldest = batch.step - 1 - config.max_staleness
+        for request in batch.missing():
+            sampling = Sampling(
+                n=len(request.samples[0]),
+                max_tokens=config.max_new_tokens,
+                min_tokens=config.min_new_tokens,
+                temperature=config.temperature,
+                ignore_eos=config.ignore_eos,
+            )
+            stream = self.generator.client.generate(
+                [batch.prompts[p] for p in request.prompts],
+                sampling=sampling,
+                seeds=[
+                    [completion_seed(config.stage.seed, batch.step, p, k) for k in samples]
+                    for p, samples in zip(request.prompts, request.samples, strict=True)
+                ],
+                version=AtLeast(oldest) if config.max_staleness else newest,
+                timeout_s=self.timeout_s,
+            )
+            async for completion in stream:
+                if any(not _serves(run.version, newest, oldest, batch.step - 1) for run in completion.versions):
+                    raise RunFailedError(f"the generator sampled with {completion.versions}, not with {newest}")
+                prompt = request.prompts[completion.prompt_index]
+                sample = request.samples[completion.prompt_index][completion.sample_index]
+                arrived(
+                    prompt * batch.samples + sample,
+                    replace(completion, prompt_index=prompt, sample_index=sample),
+                )
 
     async def _score(self, episodes: list[Episode]) -> None:
         if self.config.score_text:
@@ -176,17 +200,25 @@ class RolloutClients:
         await asyncio.gather(self.generator.close(), self.reward.close(), self.reference.close())
 
 
+def _serves(version: ModelVersion, newest: ModelVersion, oldest_step: int, newest_step: int) -> bool:
+    """Whether a version of this run sampled, none too old."""
+    if version.step == newest.step:
+        return version.digest == newest.digest
+    same_run = (version.run_id, version.name) == (newest.run_id, newest.name)
+    return same_run and oldest_step <= version.step <= newest_step
+
+
 async def _drain(
     queue: asyncio.Queue[int | None], call: Callable[[list[int]], Awaitable[None]], clock: StageClock
 ) -> None:
     """Call with all that waits, again and again, until None ends the queue."""
-    ended_at: float | None = None
-    while ended_at is None or not queue.empty():
+    ended = False
+    while not ended or not queue.empty():
         indices: list[int] = []
         item = await queue.get()
         while True:
             if item is None:
-                ended_at = time.perf_counter()
+                ended = True
             else:
                 indices.append(item)
             if queue.empty():
@@ -196,4 +228,4 @@ async def _drain(
             started = time.perf_counter()
             await call(indices)
             clock.busy_s += time.perf_counter() - started
-    clock.waited_s = time.perf_counter() - ended_at
+    clock.ended_at = time.perf_counter()

@@ -28,12 +28,14 @@ from trimtab.trainer.optimizer import MasterWeightOptimizer
 from trimtab.trainer.ppo.advantages import (
     generalized_advantages,
     group_advantages,
+    group_relative_advantages,
     token_rewards,
     whiten,
 )
 from trimtab.trainer.ppo.exact_kl import StepKl
 from trimtab.trainer.ppo.experience import Experience, episode_scores
 from trimtab.trainer.ppo.loss import importance_weights, policy_statistics, value_terms
+from trimtab.trainer.ppo.pretraining import Pretraining
 from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import PpoConfig
 
@@ -64,7 +66,8 @@ class Targets:
 class PpoUpdate:
     """Updates a policy and, with GAE, a value model: `plan_epoch`, then `fix_targets`, then `optimize`.
 
-    `side_by_side` runs the two models' work; by default one after the other. `reference_head` is what exact KL needs.
+    `side_by_side` runs the two models' work; by default one after the other. `reference_head` is what exact KL needs,
+    `pretraining` what PPO-ptx does.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class PpoUpdate:
         self.permutations = permutations
         self.side_by_side = side_by_side or SideBySide()
         self.reference_head = reference_head
+        self.pretraining: Pretraining | None = None
 
     def plan_epoch(self, experience: Experience) -> list[Minibatch]:
         """A fresh permutation cut into minibatches, each into packed micro-batches."""
@@ -110,15 +114,16 @@ class PpoUpdate:
         rewards_R = token_rewards(scores_B, old_R, experience.reference_R, lengths_B, beta)
         if config.whiten_rewards:
             rewards_R = whiten(rewards_R, shift_mean=False)
-        if config.advantage == "group":
-            advantages_R = group_advantages(rewards_R, lengths_B, config.samples_per_prompt)
-        else:
+        if config.advantage == "gae":
             advantages_R = generalized_advantages(rewards_R, values_R, lengths_B, config.gamma, config.gae_lambda)
+        else:
+            estimate = group_relative_advantages if config.advantage == "grpo" else group_advantages
+            advantages_R = estimate(rewards_R, lengths_B, config.samples_per_prompt)
         return Targets(
             old_R=old_R,
             old_lse_R=lse_R,
             old_values_R=values_R,
-            advantages_R=whiten(advantages_R),
+            advantages_R=advantages_R if config.advantage == "grpo" else whiten(advantages_R),  # GRPO has its own scale
             returns_R=advantages_R + values_R,
             weights_R=importance_weights(old_R, experience.behaviour_R, config.importance_weight_cap),
             entropy_R=entropy_R,
@@ -175,7 +180,7 @@ class PpoUpdate:
             "grad_norm_value": _finite_mean(value_norms),
             "optimizer_steps": float(steps - skipped),
             "skipped_steps": float(skipped),
-        } | {name: metrics[name] for name in ("loss_kl",) if name in metrics}
+        } | {name: metrics[name] for name in ("loss_kl", "loss_ptx") if name in metrics}
 
     def _minibatch(self, experience: Experience, indices: list[int]) -> Minibatch:
         lengths = [len(experience.tokens.sequences[i]) for i in indices]
@@ -253,6 +258,8 @@ class PpoUpdate:
             sums["ratio_max"] = max(sums["ratio_max"], statistics.pop("ratio_max"))
             for name, value in statistics.items():
                 sums[name] += value
+        if self.pretraining is not None and move_policy:
+            sums["loss_ptx"] = self.pretraining.accumulate(self.policy, self.policy_optimizer) * tokens
         return sums
 
     def _value_gradients(self, minibatch: Minibatch, targets: Targets) -> dict[str, float]:

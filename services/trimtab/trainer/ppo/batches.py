@@ -1,0 +1,83 @@
+"""A step's batch on its way: its prompts, the episodes that are there so far, and what is still to be sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from trimtab.trainer.ppo.experience import Episode
+
+
+@dataclass
+class StageClock:
+    """When a service had work of this batch, on `time.perf_counter`."""
+
+    busy_s: float = 0.0
+    ended_at: float = 0.0
+
+
+@dataclass
+class RolloutClocks:
+    """One clock a service."""
+
+    generate: StageClock = field(default_factory=StageClock)
+    score: StageClock = field(default_factory=StageClock)
+    reference: StageClock = field(default_factory=StageClock)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Samples of a batch that one call asks for: equally many of each of its prompts."""
+
+    prompts: tuple[int, ...]
+    samples: tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Batch:
+    """The episodes of one step.
+
+    Attributes:
+        step: the step that trains on them; strictly on-policy they are sampled by version `step` − 1.
+        prompts: int32 ids, each sampled `samples` times.
+        sampler_state: the prompt sampler's, after these were drawn.
+        episodes: by index (prompt · samples + sample), each as soon as its completion is there.
+    """
+
+    step: int
+    prompts: Sequence[np.ndarray]
+    samples: int
+    sampler_state: dict[str, Any]
+    episodes: dict[int, Episode] = field(default_factory=dict)
+    clocks: RolloutClocks = field(default_factory=RolloutClocks)
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.samples
+
+    @property
+    def whole(self) -> bool:
+        """Whether every episode is there with its score and its reference log-probs."""
+        return len(self.episodes) == len(self) and all(episode.complete for episode in self.episodes.values())
+
+    @property
+    def in_order(self) -> list[Episode]:
+        """All episodes by index, however they arrived."""
+        return [self.episodes[index] for index in range(len(self))]
+
+    def missing(self) -> list[Request]:
+        """What is still to be sampled: prompts of which all is missing together, single samples of the others."""
+        lacks = {
+            p: tuple(k for k in range(self.samples) if p * self.samples + k not in self.episodes)
+            for p in range(len(self.prompts))
+        }
+        untouched = tuple(p for p, samples in lacks.items() if len(samples) == self.samples)
+        single = [(p, k) for p, samples in lacks.items() if len(samples) < self.samples for k in samples]
+        requests = []
+        if untouched:
+            requests.append(Request(untouched, tuple(lacks[p] for p in untouched)))
+        if single:
+            requests.append(Request(tuple(p for p, _ in single), tuple((k,) for _, k in single)))
+        return requests
