@@ -19,6 +19,8 @@ STATUS_DETAILS_KEY = "grpc-status-details-bin"
 NEIGHBOURS = {
     "VersionNotFoundError": StatusCode.NOT_FOUND,
     "VersionConflictError": StatusCode.FAILED_PRECONDITION,
+    "LeaseHeldError": StatusCode.FAILED_PRECONDITION,
+    "LeaseLostError": StatusCode.FAILED_PRECONDITION,
     "CorruptVersionError": StatusCode.DATA_LOSS,
     "StoreFullError": StatusCode.RESOURCE_EXHAUSTED,
     "StoreUnavailableError": StatusCode.UNAVAILABLE,

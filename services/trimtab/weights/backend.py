@@ -7,22 +7,37 @@ import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from trimtab.weights.errors import StoreError, StoreFullError, StoreUnavailableError
 from trimtab.weights.manifest import Manifest
 
+ABSENT = "absent"
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+class ChangedMeanwhileError(OSError):
+    """A file is not the one whose stamp was given."""
+
+
+@dataclass(frozen=True)
+class PointerMove:
+    """The pointer's new bytes, and the stamp of the pointer that they were made from."""
+
+    data: bytes
+    stamp: str
 
 
 class Staged(ABC):
     """A version whose files are all written and still invisible."""
 
     @abstractmethod
-    def commit(self, pointer: bytes | None) -> Manifest:
+    def commit(self, pointer: PointerMove | None, replacing: str | None = None) -> Manifest:
         """Makes the version visible as a whole, then moves the pointer if one is given; returns what was written.
 
-        Raises FileExistsError if the version has appeared meanwhile, OSError otherwise.
+        ``replacing`` is the stamp of the manifest that it takes the place of. Raises FileExistsError if a version has
+        appeared meanwhile, ChangedMeanwhileError if that manifest or the pointer has changed, OSError otherwise.
         """
 
 
@@ -40,8 +55,19 @@ class Backend(ABC):
         """A small file's bytes. Raises FileNotFoundError."""
 
     @abstractmethod
-    def write(self, path: str, data: bytes) -> None:
-        """Replaces a small file in one step: a reader sees the old bytes or the new."""
+    def stamp(self, path: str) -> str:
+        """Changes whenever the file does, ABSENT without a file; '' where locks keep others out, or nothing can."""
+
+    @abstractmethod
+    def write(self, path: str, data: bytes, stamp: str = "") -> None:
+        """Replaces a small file in one step: a reader sees the old bytes or the new.
+
+        With a ``stamp`` only if it still is the file's; raises ChangedMeanwhileError otherwise.
+        """
+
+    @abstractmethod
+    def create(self, path: str, data: bytes) -> None:
+        """Writes a small file in one step if there is none; raises FileExistsError otherwise."""
 
     @abstractmethod
     def remove(self, path: str) -> None:

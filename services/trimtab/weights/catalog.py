@@ -43,10 +43,10 @@ class Catalog:
     def _holds_versions(self, folder: str) -> bool:
         return any(entry == PRUNED or step_of(entry) is not None for entry in self.backend.names(folder))
 
-    def manifests(self, model: Model) -> Iterator[Manifest]:
-        """All whole versions, by ascending step."""
+    def manifests(self, model: Model, above: int = -1) -> Iterator[Manifest]:
+        """All whole versions beyond step ``above``, by ascending step."""
         for step in self._begun_steps(model):
-            manifest = self.find(model, step)
+            manifest = self.find(model, step) if step > above else None
             if manifest is not None:
                 yield manifest
 

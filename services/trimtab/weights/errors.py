@@ -1,9 +1,11 @@
 """What can go wrong with a store of versions, one class per answer a caller can give.
 
-A service maps these to gRPC codes: VersionNotFoundError to NOT_FOUND, VersionConflictError to FAILED_PRECONDITION,
-CorruptVersionError to DATA_LOSS, StoreFullError to RESOURCE_EXHAUSTED, StoreUnavailableError to UNAVAILABLE and
-the rest to INVALID_ARGUMENT.
+A service maps these to gRPC codes: VersionNotFoundError to NOT_FOUND, VersionConflictError, LeaseHeldError and
+LeaseLostError to FAILED_PRECONDITION, CorruptVersionError to DATA_LOSS, StoreFullError to RESOURCE_EXHAUSTED,
+StoreUnavailableError to UNAVAILABLE and the rest to INVALID_ARGUMENT.
 """
+
+from datetime import datetime
 
 
 class StoreError(Exception):
@@ -40,3 +42,25 @@ class StoreFullError(StoreError):
 
 class StoreUnavailableError(StoreError):
     """The storage did not answer, or denied access. Trying again later may help."""
+
+
+class LeaseHeldError(StoreError):
+    """Another holds the lease of the run: ``owner``, until ``expires_at`` unless it is renewed."""
+
+    def __init__(self, run_id: str, owner: str, expires_at: datetime) -> None:
+        super().__init__(
+            f"run {run_id} is being published to by {owner}, whose lease ends at {expires_at:%Y-%m-%d %H:%M:%S} UTC "
+            "unless renewed: stop that trainer or wait"
+        )
+        self.owner = owner
+        self.expires_at = expires_at
+
+
+class LeaseLostError(StoreError):
+    """Somebody took the lease after this holder, which must publish nothing more. ``token`` is the lost one."""
+
+    def __init__(self, run_id: str, token: int, newest: int) -> None:
+        super().__init__(
+            f"the lease of run {run_id} was lost: token {token} is stale, {newest} holds it now; stop this trainer"
+        )
+        self.token = token

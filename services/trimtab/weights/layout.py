@@ -5,6 +5,7 @@
     ROOT/RUN/NAME/pins/                one file per pinned version
     ROOT/RUN/NAME/pruned/              manifests of versions whose files are gone
     ROOT/RUN/NAME/.staging/            versions being written (local stores only)
+    ROOT/RUN/.lease/                   one file per holder of the run's lease, the highest number holds it
 
 Every part of a path is checked against one pattern, so that no name, whoever sent it, leads outside the root.
 """
@@ -18,6 +19,7 @@ POINTER = "current.json"
 PINS = "pins"
 PRUNED = "pruned"
 STAGING = ".staging"
+LEASE = ".lease"
 
 MAX_NAME_LENGTH = 128
 MAX_STEP = 10**12 - 1
@@ -25,6 +27,7 @@ MAX_STEP = 10**12 - 1
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
 _FILE_PART = re.compile(r"[^/\\\x00-\x1f\x7f.][^/\\\x00-\x1f\x7f]*\Z")
 _STEP_FOLDER = re.compile(r"step-(\d{12})(?:\.json)?\Z")
+_TOKEN_FILE = re.compile(r"token-(\d{12})\.json\Z")
 _RESERVED = {PINS, PRUNED}
 
 
@@ -72,3 +75,19 @@ def step_of(entry: str) -> int | None:
 def version_folder(run_id: str, name: str, step: int) -> str:
     """Folder of one version, relative to the root."""
     return f"{model_folder(run_id, name)}/{step_name(step)}"
+
+
+def lease_folder(run_id: str) -> str:
+    """Folder of the lease of one run, relative to the root. No model name starts with a dot."""
+    return f"{check_name('run id', run_id)}/{LEASE}"
+
+
+def token_name(token: int) -> str:
+    """'token-000000000007.json' for 7: sorts by token."""
+    return f"token-{token:012d}.json"
+
+
+def token_of(entry: str) -> int | None:
+    """The token that a file of a lease's folder stands for, or None."""
+    match = _TOKEN_FILE.match(entry)
+    return int(match.group(1)) if match else None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from trimtab.weights.backend import Backend, Staged
+from trimtab.weights.backend import Backend, PointerMove, Staged
 from trimtab.weights.errors import RefusedFileError
 from trimtab.weights.layout import MANIFEST, POINTER, STAGING, step_name
 from trimtab.weights.manifest import FileEntry, Manifest
@@ -38,11 +38,21 @@ class LocalFiles(Backend):
     def read(self, path: str) -> bytes:
         return (self.root / path).read_bytes()
 
-    def write(self, path: str, data: bytes) -> None:
+    def stamp(self, path: str) -> str:
+        return ""  # writers hold the lock
+
+    def write(self, path: str, data: bytes, stamp: str = "") -> None:
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         with _prepared(target, data) as prepared:
             prepared.replace(target)
+            fsync_folder(target.parent)
+
+    def create(self, path: str, data: bytes) -> None:
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _prepared(target, data) as prepared:
+            target.hardlink_to(prepared)
             fsync_folder(target.parent)
 
     def remove(self, path: str) -> None:
@@ -77,20 +87,22 @@ class _StagedFolder(Staged):
     model: Path
     manifest: Manifest
 
-    def commit(self, pointer: bytes | None) -> Manifest:
+    def commit(self, pointer: PointerMove | None, replacing: str | None = None) -> Manifest:
         target = self.model / step_name(self.manifest.version.step)
-        if target.exists():
+        if replacing is None and target.exists():
             raise FileExistsError(target)
         if pointer is None:
             self._appear(target)
             return self.manifest
-        with _prepared(self.model / POINTER, pointer) as prepared:
+        with _prepared(self.model / POINTER, pointer.data) as prepared:
             self._appear(target)
             prepared.replace(self.model / POINTER)
             fsync_folder(self.model)
         return self.manifest
 
     def _appear(self, target: Path) -> None:
+        if target.exists():
+            discard(self.folder.parent, target)
         self.folder.rename(target)
         fsync_folder(self.model)
 

@@ -34,7 +34,8 @@ class Manifest:
     ``version.digest`` is the digest of the content; ``files`` are sorted by name; ``parent`` names the version this
     one was made from and, for ``kind`` 'delta', the one it is to be applied to; ``lineage`` says where it came from
     (data, reward version…); ``metrics`` are numbers about it; ``files_folder`` is where the files lie relative to the
-    manifest ('' beside it); ``format`` is the number of this layout.
+    manifest ('' beside it); ``lease_token`` is the lease under which it was to become current, 0 without; ``format`` is
+    the number of this layout.
     """
 
     version: ModelVersion
@@ -45,6 +46,7 @@ class Manifest:
     metrics: dict[str, float] = field(default_factory=dict)
     kind: Kind = "full"
     files_folder: str = ""
+    lease_token: int = 0
     format: int = FORMAT
 
     @property
@@ -66,6 +68,7 @@ class Manifest:
             lineage=self.lineage,
             metrics=self.metrics,
             files_folder=self.files_folder,
+            lease_token=self.lease_token,
             files=[_FileRecord(name=e.name, size_bytes=e.size_bytes, digest=e.digest) for e in self.files],
         )
         return record.model_dump_json(indent=2).encode() + b"\n"
@@ -105,6 +108,7 @@ class Manifest:
             metrics=record.metrics,
             kind=record.kind,
             files_folder=record.files_folder,
+            lease_token=record.lease_token,
             format=record.format,
         )
 
@@ -131,19 +135,22 @@ class _ManifestRecord(_Record):
     lineage: dict[str, str]
     metrics: dict[str, float]
     files_folder: str = ""
+    lease_token: int = Field(default=0, ge=0)
     files: list[_FileRecord] = Field(min_length=1)
 
 
 class Pointer(_Record):
-    """``current.json``: the version that is current, and the largest step the pointer has ever stood at.
+    """``current.json``: the version that is current, the largest step the pointer has ever stood at, and the lease
+    under which it moved last (0 if none ever was held).
 
-    The second number tells a roll back (do not move forward again by yourself) from a publish that was cut off
+    The largest step tells a roll back (do not move forward again by yourself) from a publish that was cut off
     between manifest and pointer (do).
     """
 
     step: int
     digest: Digest
     highest_step: int
+    lease_token: int = 0
     moved_at: datetime
 
     @classmethod

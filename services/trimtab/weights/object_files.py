@@ -1,8 +1,8 @@
 """A store on any other fsspec filesystem (s3://, gs://, az://, memory://): no rename, but each put is atomic.
 
 Files go into a folder named by their digests, so that two publishers never mix; the manifest is put last and only if
-absent where the filesystem can say so (S3, GCS and memory can), and makes the version. There are no locks: one run
-has one publisher.
+absent where the filesystem can say so (S3, GCS and memory can), and makes the version. There are no locks: a run's
+lease keeps publishers apart, and on S3 the pointer is only replaced if it is the one that was read.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.weights.backend import Backend, Staged
+from trimtab.weights.backend import ABSENT, Backend, ChangedMeanwhileError, PointerMove, Staged
 from trimtab.weights.digests import digest_bytes
 from trimtab.weights.errors import RefusedFileError
 from trimtab.weights.layout import MANIFEST, POINTER, step_name
@@ -25,6 +25,8 @@ class ObjectFiles(Backend):
         self.filesystem = filesystem
         self.root = root.rstrip("/")
         self.url = url
+        protocol = filesystem.protocol
+        self._compares = "s3" in (protocol if isinstance(protocol, tuple) else (protocol,))
 
     def path(self, path: str) -> str:
         """The filesystem's own path of something inside the store."""
@@ -44,8 +46,38 @@ class ObjectFiles(Backend):
         self.filesystem.invalidate_cache(self.path(path))
         return self.filesystem.cat_file(self.path(path))
 
-    def write(self, path: str, data: bytes) -> None:
-        self.filesystem.pipe_file(self.path(path), data)
+    def stamp(self, path: str) -> str:
+        if not self._compares:
+            return ""
+        try:
+            self.filesystem.invalidate_cache(self.path(path))
+            return str(self.filesystem.info(self.path(path))["ETag"])
+        except FileNotFoundError:
+            return ABSENT
+
+    def write(self, path: str, data: bytes, stamp: str = "") -> None:
+        if stamp == ABSENT:
+            try:
+                self.create(path, data)
+            except FileExistsError as error:
+                raise ChangedMeanwhileError(f"{path} has appeared") from error
+            return
+        condition = {"IfMatch": stamp} if stamp else {}
+        try:
+            self.filesystem.pipe_file(self.path(path), data, **condition)
+        except OSError as error:
+            if condition and (isinstance(error, FileNotFoundError) or _is_refused_condition(error)):
+                raise ChangedMeanwhileError(f"{path} has changed") from error
+            raise
+
+    def create(self, path: str, data: bytes) -> None:
+        self.filesystem.makedirs(self.path(path).rpartition("/")[0], exist_ok=True)
+        try:
+            self.filesystem.pipe_file(self.path(path), data, mode="create")
+        except OSError as error:
+            if _is_refused_condition(error):
+                raise FileExistsError(path) from error
+            raise
 
     def remove(self, path: str) -> None:
         if self.filesystem.exists(self.path(path)):
@@ -106,9 +138,18 @@ class _StagedObjects(Staged):
     version: str
     manifest: Manifest
 
-    def commit(self, pointer: bytes | None) -> Manifest:
-        filesystem, path = self.backend.filesystem, self.backend.path(f"{self.version}/{MANIFEST}")
-        filesystem.pipe_file(path, self.manifest.to_json(), mode="create")
+    def commit(self, pointer: PointerMove | None, replacing: str | None = None) -> Manifest:
+        path = f"{self.version}/{MANIFEST}"
+        if replacing is None:
+            self.backend.create(path, self.manifest.to_json())
+        else:
+            self.backend.write(path, self.manifest.to_json(), replacing)
         if pointer is not None:
-            self.backend.write(f"{self.model}/{POINTER}", pointer)
+            self.backend.write(f"{self.model}/{POINTER}", pointer.data, pointer.stamp)
         return self.manifest
+
+
+def _is_refused_condition(error: OSError) -> bool:
+    """Whether S3 refused a conditional put: 412, or 409 where another put of the same object was under way."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")

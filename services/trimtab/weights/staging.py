@@ -7,21 +7,43 @@ knows that the folder is dead and sweeps it. POSIX only, and only for folders on
 import fcntl
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 _LOCK = ".lock"
+_LOCK_PATIENCE_S = 60.0
 
 
 @contextmanager
 def locked(area: Path) -> Iterator[None]:
-    """Holds the one lock of ``area`` (a folder, made if absent) against other threads and processes. Not reentrant."""
+    """Holds the one lock of ``area`` (a folder, made if absent) against other threads and processes. Not reentrant.
+
+    Raises TimeoutError if another holds it for a minute: one that was stopped in the middle, or a disk that hangs.
+    """
     area.mkdir(parents=True, exist_ok=True)
     with (area / _LOCK).open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _lock_patiently(lock, area)
         yield
+
+
+def _lock_patiently(lock: TextIO, area: Path) -> None:
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    pause_s = 0.001
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"another process holds {area / _LOCK} since {_LOCK_PATIENCE_S:g} s: find it with fuser and end it"
+                ) from None
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.05)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ weights mean; models loads them from the folder that ``fetch`` returns.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from trimtab.weights import fetch as fetching
+from trimtab.weights import lease as leases
 from trimtab.weights.backend import Backend, storage_errors
 from trimtab.weights.catalog import Catalog, Model
 from trimtab.weights.errors import (
@@ -23,10 +24,11 @@ from trimtab.weights.errors import (
     VersionNotFoundError,
 )
 from trimtab.weights.layout import PINS, PRUNED, step_name
+from trimtab.weights.lease import Lease
 from trimtab.weights.local_files import LocalFiles
 from trimtab.weights.manifest import Manifest
 from trimtab.weights.object_files import ObjectFiles
-from trimtab.weights.publish import Publication, move_pointer, publish
+from trimtab.weights.publish import Publication, fence_pointers, move_pointer, publish
 from trimtab.weights.retention import Retention, versions_to_prune
 from trimtab_client import ModelVersion
 
@@ -71,15 +73,17 @@ class Store:
         metrics: Mapping[str, float] | None = None,
         parent: str | None = None,
         set_current: bool = True,
+        lease: Lease | None = None,
     ) -> Manifest:
         """Publishes a folder of safetensors, config and tokenizer as run_id/name@step and makes it current.
 
         The same content at the same step again is a no-op. Raises VersionConflictError for other content at a step
         that is taken, StepOrderError for a step below the highest published, RefusedFileError for what is not to be
-        published, InvalidNameError, StoreFullError (the version before stays current, nothing visible changed).
+        published, InvalidNameError, StoreFullError (the version before stays current, nothing visible changed),
+        LeaseLostError if ``lease`` is stale, LeaseHeldError without one while somebody holds the run's.
         """
         publication = Publication(
-            Path(folder), Model(run_id, name), step, parent, lineage or {}, metrics or {}, set_current
+            Path(folder), Model(run_id, name), step, parent, lineage or {}, metrics or {}, set_current, lease
         )
         with self._doing("publishing to"):
             return publish(self._catalog, publication)
@@ -97,12 +101,27 @@ class Store:
             pointer = self._catalog.pointer(Model(run_id, name))
         return ModelVersion(run_id=run_id, name=name, step=pointer.step, digest=pointer.digest) if pointer else None
 
-    def set_current(self, run_id: str, name: str, step: int) -> Manifest:
-        """Moves the pointer, forward or back (a roll back). Raises VersionNotFoundError."""
+    def set_current(self, run_id: str, name: str, step: int, *, lease: Lease | None = None) -> Manifest:
+        """Moves the pointer, forward or back (a roll back). Raises VersionNotFoundError, LeaseLostError.
+
+        Without a lease it moves whoever holds one: that is a person's hand on the rudder.
+        """
         with self._writing(Model(run_id, name), "moving the pointer in") as model:
             manifest = self._catalog.get(model, step)
-            move_pointer(self._catalog, manifest)
+            with lease.guarding() if lease is not None else nullcontext():
+                move_pointer(self._catalog, manifest, lease)
             return manifest
+
+    def acquire_lease(self, run_id: str, owner: str, ttl_s: float, *, wait_s: float = 0.0) -> Lease:
+        """Takes the right to publish versions of a run, with a token above all before.
+
+        It comes at once if nobody holds it, if its holder has let it expire or released it, or bears the same name
+        (a trainer that comes back). Else LeaseHeldError after ``wait_s``.
+        """
+        with self._doing("taking a lease in"):
+            lease = leases.acquire(self._backend, run_id, owner, ttl_s, wait_s)
+            fence_pointers(self._catalog, lease)
+        return lease
 
     def versions(self, run_id: str | None = None, name: str | None = None) -> list[Manifest]:
         """All versions, or those of one run or model name, sorted by run id, name and step."""

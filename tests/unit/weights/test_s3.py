@@ -1,10 +1,6 @@
 """The store on S3, spoken to a real server; runs where s3fs and moto's server are installed."""
 
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,42 +13,6 @@ s3fs = pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
 MakeFolder = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """A running S3 server's address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, "the S3 server did not start"
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-        server.terminate()
-
-
-@pytest.fixture
-def s3_store(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Store:
-    """A store in a bucket of its own; a second one opened on its URL sees the same."""
-    for name, value in (
-        ("AWS_ENDPOINT_URL", endpoint),
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    bucket = f"bucket-{abs(hash(request.node.name))}"
-    s3fs.S3FileSystem().mkdir(bucket)
-    return open_store(f"s3://{bucket}/store")
 
 
 def test_the_life_of_versions_on_s3(s3_store: Store, make_folder: MakeFolder, tmp_path: Path) -> None:
