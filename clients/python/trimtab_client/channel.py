@@ -37,7 +37,9 @@ class ChannelOptions:
     """How a client connects.
 
     Attributes:
-        tls: None is plaintext. token: a bearer token; without TLS only to this machine.
+        tls: None is plaintext. Its files are read again when they change: calls that start then use the new ones.
+        token: a bearer token; without TLS only to this machine. token_file: a file that holds it instead, read again
+            when it changes (a Kubernetes ServiceAccount's token is replaced every hour).
         timeout_s: deadline of a call that gives none of its own.
         max_message_bytes: largest request and answer.
         retries: most repeats of a call that is safe to repeat.
@@ -48,6 +50,11 @@ class ChannelOptions:
     timeout_s: float = 60.0
     max_message_bytes: int = 256 * 1024 * 1024
     retries: int = 4
+    token_file: Path | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.token is not None and self.token_file is not None:
+            raise ValueError("token: give token or token_file, not both")
 
 
 def parse_addresses(addresses: Addresses) -> list[str]:
@@ -67,13 +74,11 @@ def parse_addresses(addresses: Addresses) -> list[str]:
     return parsed
 
 
-def metadata(options: ChannelOptions, addresses: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """The bearer token as call metadata; ValueError where it would travel in the clear to another machine."""
-    if options.token is None:
-        return ()
-    if options.tls is None and not all(_is_loopback(address) for address in addresses):
+def check_token_may_travel(options: ChannelOptions, addresses: Sequence[str]) -> None:
+    """ValueError where a token would travel in the clear to another machine."""
+    has_token = options.token is not None or options.token_file is not None
+    if has_token and options.tls is None and not all(_is_loopback(address) for address in addresses):
         raise ValueError("a token needs TLS beyond this machine: give ChannelOptions(tls=Tls(...))")
-    return (("authorization", f"Bearer {options.token}"),)
 
 
 def open_sync(address: str, options: ChannelOptions) -> grpc.Channel:

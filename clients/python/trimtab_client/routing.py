@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from trimtab_client.calls import Call
-from trimtab_client.channel import Addresses, ChannelOptions, metadata, parse_addresses
+from trimtab_client.channel import Addresses, ChannelOptions, parse_addresses
+from trimtab_client.credentials import Bearer
 from trimtab_client.retries import RetryPlan
 
 CALLS_AT_ONCE_PER_ADDRESS = 2
@@ -22,7 +23,7 @@ class Routing:
     def __init__(self, addresses: Addresses, options: ChannelOptions) -> None:
         self.addresses = parse_addresses(addresses)
         self.options = options
-        self.metadata = metadata(options, self.addresses)
+        self._bearer = Bearer(options, self.addresses)
         self._turn = itertools.count(random.randrange(len(self.addresses)))
 
     @property
@@ -48,4 +49,4 @@ class Routing:
 
     def sending(self, until: float) -> dict[str, Any]:
         """The keyword arguments of a stub's method: the time left and the metadata."""
-        return {"timeout": max(until - time.monotonic(), SHORTEST_TIMEOUT_S), "metadata": self.metadata}
+        return {"timeout": max(until - time.monotonic(), SHORTEST_TIMEOUT_S), "metadata": self._bearer.metadata()}

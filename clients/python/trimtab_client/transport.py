@@ -17,6 +17,7 @@ import grpc
 
 from trimtab_client.calls import Call, Program, Stream
 from trimtab_client.channel import Addresses, ChannelOptions, open_sync
+from trimtab_client.connections import Connections
 from trimtab_client.errors import TrimtabError, from_rpc_error
 from trimtab_client.retries import RetryPlan
 from trimtab_client.routing import Routing
@@ -32,11 +33,9 @@ class SyncTransport:
 
     def __init__(self, addresses: Addresses, options: ChannelOptions) -> None:
         self.routing = Routing(addresses, options)
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-        self._channels: dict[int, grpc.Channel] = {}
-        self._stubs: dict[tuple[int, type], Any] = {}
-        self._closed = False
+        self._connections = Connections(
+            self.routing.addresses, options, opener=open_sync, closer=lambda channel: channel.close(), scope=os.getpid
+        )
 
     def run(self, program: Program[T], timeout_s: float | None = None) -> T:
         """Carry out a program; one deadline for all its calls."""
@@ -67,10 +66,8 @@ class SyncTransport:
 
     def close(self) -> None:
         """Close all channels; what is in flight is cancelled."""
-        with self._lock:
-            self._closed = True
-            for channel in self._channels.values() if self._pid == os.getpid() else ():
-                channel.close()
+        for channel in self._connections.close():
+            channel.close()
 
     def _run(self, program: Program[T], until: float) -> T:
         def one(call: Call[Any], in_flight: _InFlight) -> Any:
@@ -87,9 +84,10 @@ class SyncTransport:
         places, retries = self.routing.places(only), self.routing.retries(call, until, only)
         while True:
             try:
-                rpc = self._method(call, next(places)).future(call.request, **self.routing.sending(until))
-                with in_flight.holding(rpc):
-                    return call.read(rpc.result())
+                with self._connections.using(next(places)) as connection:
+                    rpc = connection.method(call).future(call.request, **self.routing.sending(until))
+                    with in_flight.holding(rpc):
+                        return call.read(rpc.result())
             except grpc.RpcError as failure:
                 in_flight.pause(retries, from_rpc_error(failure))
 
@@ -98,12 +96,13 @@ class SyncTransport:
         while (call := stream.next_call()) is not None:
             retries = retries or self.routing.retries(call, until)
             try:
-                rpc = self._method(call, next(places))(call.request, **self.routing.sending(until))
-                with in_flight.holding(rpc):
-                    for message in rpc:
-                        item = stream.accept(call.read(message))
-                        retries.progressed()
-                        yield item
+                with self._connections.using(next(places)) as connection:
+                    rpc = connection.method(call)(call.request, **self.routing.sending(until))
+                    with in_flight.holding(rpc):
+                        for message in rpc:
+                            item = stream.accept(call.read(message))
+                            retries.progressed()
+                            yield item
                 stream.ended()
             except grpc.RpcError as failure:
                 error = from_rpc_error(failure)
@@ -141,18 +140,6 @@ class SyncTransport:
         finally:
             in_flight.cancel()
             pool.shutdown(cancel_futures=True)
-
-    def _method(self, call: Call[Any], place: int) -> Any:
-        with self._lock:
-            if self._closed:
-                raise ValueError("the client is closed; make a new one")
-            if self._pid != os.getpid():
-                self._channels, self._stubs, self._pid = {}, {}, os.getpid()
-            if place not in self._channels:
-                self._channels[place] = open_sync(self.routing.addresses[place], self.routing.options)
-            if (place, call.stub) not in self._stubs:
-                self._stubs[place, call.stub] = call.stub(self._channels[place])
-            return getattr(self._stubs[place, call.stub], call.method)
 
 
 class _InFlight:

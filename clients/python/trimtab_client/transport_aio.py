@@ -10,6 +10,7 @@ import grpc.aio
 
 from trimtab_client.calls import Call, Program, Stream
 from trimtab_client.channel import Addresses, ChannelOptions, open_async
+from trimtab_client.connections import Connections
 from trimtab_client.errors import Cancelled, TrimtabError, from_rpc_error
 from trimtab_client.retries import RetryPlan
 from trimtab_client.routing import Routing
@@ -22,10 +23,14 @@ class AsyncTransport:
 
     def __init__(self, addresses: Addresses, options: ChannelOptions) -> None:
         self.routing = Routing(addresses, options)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._channels: dict[int, grpc.aio.Channel] = {}
-        self._stubs: dict[tuple[int, type], Any] = {}
-        self._closed = False
+        self._closing: set[asyncio.Task[None]] = set()
+        self._connections = Connections(
+            self.routing.addresses,
+            options,
+            opener=open_async,
+            closer=self._close_soon,
+            scope=asyncio.get_running_loop,
+        )
 
     async def run(self, program: Program[T], timeout_s: float | None = None) -> T:
         """Carry out a program; one deadline for all its calls."""
@@ -60,8 +65,7 @@ class AsyncTransport:
 
     async def close(self) -> None:
         """Close all channels; what is in flight is cancelled."""
-        self._closed = True
-        for channel in self._channels.values() if self._loop is asyncio.get_running_loop() else ():
+        for channel in self._connections.close():
             await channel.close(None)
 
     async def _run(self, program: Program[T], until: float) -> T:
@@ -79,8 +83,9 @@ class AsyncTransport:
         places, retries = self.routing.places(only), self.routing.retries(call, until, only)
         while True:
             try:
-                send = self._method(call, next(places))
-                return call.read(await send(call.request, **self.routing.sending(until)))
+                with self._connections.using(next(places)) as connection:
+                    rpc = connection.method(call)(call.request, **self.routing.sending(until))
+                    return call.read(await rpc)
             except grpc.aio.AioRpcError as failure:
                 await _pause(retries, from_rpc_error(failure))
             except asyncio.CancelledError as cancelled:
@@ -90,12 +95,16 @@ class AsyncTransport:
         places, retries = self.routing.places(), None
         while (call := stream.next_call()) is not None:
             retries = retries or self.routing.retries(call, until)
-            rpc = self._method(call, next(places))(call.request, **self.routing.sending(until))
             try:
-                async for message in rpc:
-                    item = stream.accept(call.read(message))
-                    retries.progressed()
-                    yield item
+                with self._connections.using(next(places)) as connection:
+                    rpc = connection.method(call)(call.request, **self.routing.sending(until))
+                    try:
+                        async for message in rpc:
+                            item = stream.accept(call.read(message))
+                            retries.progressed()
+                            yield item
+                    finally:
+                        rpc.cancel()
                 stream.ended()
             except grpc.aio.AioRpcError as failure:
                 error = from_rpc_error(failure)
@@ -105,8 +114,6 @@ class AsyncTransport:
                     await _pause(retries, error)
             except asyncio.CancelledError as cancelled:
                 raise _whose(cancelled) from None
-            finally:
-                rpc.cancel()
 
     async def _merged(self, streams: Sequence[Stream[T]], until: float) -> AsyncGenerator[T, None]:
         at_once = asyncio.Semaphore(self.routing.calls_at_once)
@@ -136,17 +143,11 @@ class AsyncTransport:
         finally:
             await _cancel(tasks)
 
-    def _method(self, call: Call[Any], place: int) -> Any:
-        if self._closed:
-            raise ValueError("the client is closed; make a new one")
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._channels, self._stubs, self._loop = {}, {}, loop
-        if place not in self._channels:
-            self._channels[place] = open_async(self.routing.addresses[place], self.routing.options)
-        if (place, call.stub) not in self._stubs:
-            self._stubs[place, call.stub] = call.stub(self._channels[place])
-        return getattr(self._stubs[place, call.stub], call.method)
+    def _close_soon(self, channel: grpc.aio.Channel) -> None:
+        """Close a channel that was replaced and whose last call has ended."""
+        task = asyncio.get_running_loop().create_task(channel.close(None))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
 
 class _Ended:

@@ -33,15 +33,16 @@ def channel_options(
     FileNotFoundError for a file that is not there.
     """
     from trimtab_client import ChannelOptions, Tls
-    from trimtab_client.channel import metadata, parse_addresses
+    from trimtab_client.channel import parse_addresses
+    from trimtab_client.credentials import Bearer
 
     for path in (ca, cert, key):
         if path is not None:
             path.stat()
     try:
         secured = Tls(ca, cert, key) if tls or ca or cert or key else None
-        options = ChannelOptions(tls=secured, token=token_file.read_text().strip() if token_file else None)
-        metadata(options, parse_addresses(address))
+        options = ChannelOptions(tls=secured, token_file=token_file)
+        Bearer(options, parse_addresses(address))
     except ValueError as error:
         raise CommandError(str(error)) from error
     return options

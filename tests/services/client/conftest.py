@@ -52,6 +52,7 @@ class Room(
         self.limits = {"max_sequences": max_sequences, "max_tokens": max_tokens}
         self.calls: dict[str, list[Any]] = defaultdict(list)
         self.metadata: list[dict[str, Any]] = []
+        self.peers: dict[str, list[str]] = defaultdict(list)
         self.deadlines_s: list[float | None] = []
         self.failures: dict[str, deque[ServiceError]] = defaultdict(deque)
         self.delay_s = 0.0
@@ -66,6 +67,8 @@ class Room(
         self.calls[method].append(request)
         self.entered.set()
         self.metadata.append(dict(context.invocation_metadata() or ()))
+        names = context.auth_context().get("x509_subject_alternative_name", ())
+        self.peers[method].append(",".join(name.decode() for name in names))
         self.deadlines_s.append(context.time_remaining())
         if self.failures[method]:
             await abort(context, self.failures[method].popleft())

@@ -5,7 +5,8 @@ import time
 import pytest
 
 from trimtab_client import ChannelOptions, DataLoss, ResourceExhausted, Tls, Unavailable
-from trimtab_client.channel import metadata, parse_addresses
+from trimtab_client.channel import parse_addresses
+from trimtab_client.credentials import Bearer
 from trimtab_client.retries import RetryPlan, may_repeat
 
 UNAVAILABLE = Unavailable("UNAVAILABLE", "loading")
@@ -36,7 +37,7 @@ def test_wrong_addresses_are_refused(wrong):
     ["127.0.0.1:1", "127.9.9.9:1", "localhost:1", "[::1]:1", "unix:/x", "dns:///localhost:1", "ipv4:127.0.0.1:1"],
 )
 def test_a_token_may_travel_in_the_clear_on_this_machine(address):
-    assert metadata(ChannelOptions(token="t"), [address]) == (("authorization", "Bearer t"),)
+    assert Bearer(ChannelOptions(token="t"), [address]).metadata() == (("authorization", "Bearer t"),)
 
 
 @pytest.mark.parametrize(
@@ -45,12 +46,27 @@ def test_a_token_may_travel_in_the_clear_on_this_machine(address):
 )
 def test_a_token_never_travels_in_the_clear_beyond_it(address):
     with pytest.raises(ValueError, match="needs TLS"):
-        metadata(ChannelOptions(token="t"), ["127.0.0.1:1", address])
-    assert metadata(ChannelOptions(token="t", tls=Tls()), [address])
+        Bearer(ChannelOptions(token="t"), ["127.0.0.1:1", address])
+    assert Bearer(ChannelOptions(token="t", tls=Tls()), [address]).metadata()
 
 
 def test_a_token_is_not_shown():
     assert "s3cret" not in repr(ChannelOptions(token="s3cret"))
+
+
+def test_a_token_is_given_once_and_its_file_holds_one(tmp_path):
+    with pytest.raises(ValueError, match="not both"):
+        ChannelOptions(token="t", token_file="f")
+    file = tmp_path / "token"
+    for content in ("", "\n", "a\nb"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match="holds no token") as caught:
+            Bearer(ChannelOptions(token_file=file), ["localhost:1"])
+        assert "\n" not in str(caught.value)
+    file.write_text("t0ken\n")
+    assert Bearer(ChannelOptions(token_file=file), ["localhost:1"]).metadata() == (("authorization", "Bearer t0ken"),)
+    with pytest.raises(FileNotFoundError):
+        Bearer(ChannelOptions(token_file=tmp_path / "absent"), ["localhost:1"])
 
 
 def test_a_certificate_without_its_key_is_refused():
