@@ -55,6 +55,7 @@ def test_a_miniature_demo_goes_through_all_stages_and_ends_with_a_report(small_e
     folder = tmp_path / "demo"
     output = run_demo(folder, small_examples, timeout_s=400)
     assert "report.md" in output and "checkpoints" in output
+    assert f"trimtab label --demo {folder}" in output
     report = json.loads((folder / "report" / "report.json").read_text())
     assert [version["version"] for version in report["versions"]][-1] == "demo-ppo/policy@2"
     for plot in ("curves.png", "judge.png", "reward_model.png"):

@@ -14,7 +14,9 @@ def compare(
     prompts: Annotated[Path, typer.Option(help="Prompts, as docs/data.md describes them.")],
     judge: Annotated[
         str,
-        typer.Option(help="reward:SOURCE, vader, sentences:FILE, words:A,B,… or people:FILE of rankings."),
+        typer.Option(
+            help="reward:SOURCE, vader, sentences:FILE, words:A,B,…, people:FILE of rankings or people:PAGE/c/CAMPAIGN."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Where report.md, its plot and the answers go.")] = Path("runs/compare"),
     store: Annotated[str, typer.Option(envvar="TRIMTAB_STORE", help="Store of versions.")] = "runs/store",
@@ -24,6 +26,9 @@ def compare(
     min_tokens: Annotated[int, typer.Option(min=0, help="Fewest tokens of an answer.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Both answer with the same seeds.")] = 0,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with a lead's access token, where people compare on the labeling page.")
+    ] = None,
 ) -> None:
     """Say how often B's answers are preferred to A's, with a 95 % interval; samples and a plot go into --out."""
     from rich import box
@@ -32,7 +37,8 @@ def compare(
 
     from trimtab.cli.signals import sigterm_interrupts
     from trimtab.rounds.answers import read_prompts
-    from trimtab.rounds.duel import PEOPLE, DuelPlan, run_duel
+    from trimtab.rounds.duel import DuelPlan, run_duel
+    from trimtab.rounds.duel_people import PEOPLE
     from trimtab.rounds.duel_report import figures, verdict, write_duel_report
     from trimtab.rounds.launchers.services import fair_threads
     from trimtab.rounds.scorers import check_spec
@@ -52,6 +58,7 @@ def compare(
         folder=out,
         store=store,
         threads=fair_threads(1),
+        token_file=token_file,
     )
     console = Console(highlight=False)
     with sigterm_interrupts():

@@ -1,8 +1,11 @@
 """Settings of the labeling server; YAML file, then TRIMTAB_*, then flags, as every server of trimtab."""
 
+from pathlib import Path
+
 from pydantic import Field
 
 from trimtab.runtime.config import ServiceConfig
+from trimtab_client import ChannelOptions, Tls
 
 DEFAULT_PORT = 7110
 DEFAULT_DATABASE = "runs/labels.sqlite"
@@ -17,5 +20,17 @@ class LabelingConfig(ServiceConfig):
     )
     session_hours: float = Field(default=12.0, gt=0, le=24 * 30, description="A sign-in lasts so long without use.")
     feed: bool = Field(default=True, description="Ask the campaigns' generators for responses.")
-    generator_token_file: str | None = Field(default=None, description="File with a bearer token for the generators.")
+    generator_token_file: Path | None = Field(default=None, description="File with a bearer token for the generators.")
+    generator_ca: Path | None = Field(default=None, description="PEM authorities of the generators' certificates.")
+    generator_cert: Path | None = Field(default=None, description="PEM certificate that names this server to them.")
+    generator_key: Path | None = Field(default=None, description="PEM key of that certificate.")
+    generator_server_name: str | None = Field(default=None, description="Name in their certificate, if not the host.")
     max_upload_bytes: int = Field(default=256 * 1024 * 1024, ge=1024, description="Largest import by page or API.")
+
+    def generator_options(self) -> ChannelOptions:
+        """How the generators are called: with TLS where an authority or a certificate is given. ValueError, OSError."""
+        files = (self.generator_ca, self.generator_cert, self.generator_key)
+        tls = Tls(*files, self.generator_server_name) if any(files) else None
+        return ChannelOptions(
+            tls=tls, token=self.generator_token_file.read_text().strip() if self.generator_token_file else None
+        )

@@ -210,9 +210,9 @@ def _write(database: Database, name: str, plan: CampaignPlan, batch: list[_Filli
 class Feeder:
     """A thread that feeds open campaigns as prompts come in. A generator that is away is asked again, less and less."""
 
-    def __init__(self, database: Database, token: str | None = None) -> None:
+    def __init__(self, database: Database, options: ChannelOptions | None = None) -> None:
         self._database = database
-        self._options = ChannelOptions(token=token)
+        self._options = options or ChannelOptions()
         self._me = uuid4().hex
         self._stop = threading.Event()
         self._failures: dict[str, int] = defaultdict(int)

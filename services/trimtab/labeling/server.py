@@ -28,7 +28,7 @@ def main(config: LabelingConfig) -> int:
     database.migrate()
     bound = _bind(config)
     server = uvicorn.Server(_uvicorn(config, Room(database, config)))
-    feeder = Feeder(database, _token(config)) if config.feed else None
+    feeder = _feeder(config, database) if config.feed else None
     address = f"{'https' if config.has_tls else 'http'}://{config.host}:{bound.getsockname()[1]}"
     if feeder is not None:
         feeder.start()
@@ -74,8 +74,11 @@ def _bind(config: LabelingConfig) -> socket.socket:
     return bound
 
 
-def _token(config: LabelingConfig) -> str | None:
-    return Path(config.generator_token_file).read_text().strip() if config.generator_token_file else None
+def _feeder(config: LabelingConfig, database: Database) -> Feeder:
+    try:
+        return Feeder(database, config.generator_options())
+    except (OSError, ValueError) as error:
+        raise StartError(f"generator_*: {error}") from error
 
 
 def _write_ready(path: Path, port: int) -> None:

@@ -40,6 +40,7 @@ def write_demo_report(result: DemoResult) -> str:
             f"report       {page}",
             f"checkpoints  {result.store}  (trimtab versions list --store {result.store})",
             f"metrics      tensorboard --logdir {result.folder / 'runs'}",
+            f"your turn    trimtab label --demo {result.folder}  (rank this policy's answers on the labeling page)",
         ]
     )
 

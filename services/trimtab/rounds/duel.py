@@ -1,4 +1,4 @@
-"""Two models answer the same prompts, and a judge says how often the second is better: a scorer, or people by file.
+"""Two models answer the same prompts, and a judge says how often the second is better: a scorer, or people.
 
 Each model is a folder, a hub id or a version of a store; a generator serves one after the other, so that memory need
 only hold one. `duel_report` lays the result out.
@@ -15,27 +15,24 @@ from typing import Any
 import numpy as np
 
 from trimtab.rounds.answers import draw
+from trimtab.rounds.duel_people import PEOPLE, TO_RANK, DuelError, people_wins
 from trimtab.rounds.evaluate import Interval, bootstrap_mean, distinct_n_in_groups, win_rate, words
 from trimtab.rounds.launchers.local import Supervisor
 from trimtab.rounds.launchers.services import service_process
-from trimtab.rounds.ranking.file_source import FileSource
-from trimtab.rounds.ranking.source import AnswerSet, read_json_rows, write_rows
+from trimtab.rounds.ranking.source import read_json_rows, write_rows
 from trimtab.rounds.scorers import WirePrompt, open_scorer
 from trimtab_client import GeneratorClient, Sampling
-
-PEOPLE = "people:"
-TO_RANK = "to_rank.jsonl"
-
-
-class DuelError(ValueError):
-    """The two cannot be compared as asked; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class DuelPlan:
-    """What to compare. `judge` is a scorer (`scorers`), or "people:FILE": rankings of the pairs in to_rank.jsonl.
+    """What to compare.
 
-    `folder` gets the answers, the pairs and the services' logs.
+    Attributes:
+        judge: a scorer (`scorers`), "people:FILE" (rankings of the pairs in to_rank.jsonl), or
+            "people:http://HOST:PORT/c/NAME": a campaign of the labeling page, made where it is not there.
+        folder: gets the answers, the pairs and the services' logs.
+        token_file: a lead's access token for that page.
     """
 
     first: str
@@ -46,6 +43,7 @@ class DuelPlan:
     folder: Path
     store: str
     threads: int
+    token_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Duel:
     """The result. `win_rate` is how often the second's answer is preferred, a tie counting half.
 
     Attributes:
-        wins_P: the same for each prompt.
+        wins_P: the same for each prompt that was judged.
         difference: mean of the judge's score, second less first; None where people judge.
     """
 
@@ -104,7 +102,7 @@ def run_duel(plan: DuelPlan, say: Callable[[str], None]) -> Duel:
             first = _answers(plan, plan.first, "a", supervisor, say)
             second = _answers(plan, plan.second, "b", supervisor, say)
         if plan.judge.startswith(PEOPLE):
-            wins_P = people_wins(plan, first, second, Path(plan.judge.removeprefix(PEOPLE)))
+            wins_P = people_wins(plan, first, second)
             return Duel(plan, first, second, bootstrap_mean(wins_P), wins_P, None)
 
         def serve_reward(source: str) -> str:
@@ -122,42 +120,6 @@ def run_duel(plan: DuelPlan, say: Callable[[str], None]) -> Duel:
             ((difference_PSS > 0) + 0.5 * (difference_PSS == 0)).mean(axis=(1, 2)),
             bootstrap_mean(second_PS.mean(1) - first_PS.mean(1)),
         )
-
-
-def people_wins(plan: DuelPlan, first: Side, second: Side, file: Path) -> np.ndarray:
-    """How often people prefer the second's answers, [P]: from rankings of pairs that lie blind in to_rank.jsonl."""
-    pairs, second_first = _blind_pairs(plan, first, second)
-    offered = plan.folder / TO_RANK
-    if not offered.exists():
-        write_rows(offered, (pair.row() for pair in pairs))
-    source = FileSource(file, 1, 0)
-    source.offer(pairs, offered)
-    collected = source.poll(pairs)
-    if collected.waiting:
-        raise DuelError(f"people have not judged all pairs: {collected.waiting}")
-    samples = len(first.texts[0])
-    place = {pair.task: i for i, pair in enumerate(pairs)}
-    sums, counts = np.zeros(len(plan.prompts)), np.zeros(len(plan.prompts))
-    for ranked in collected.rankings:
-        pair = place[ranked.answers.task]
-        mine, other = ranked.ranks if second_first[pair] else reversed(ranked.ranks)
-        sums[pair // samples] += 1.0 if mine < other else 0.5 if mine == other else 0.0
-        counts[pair // samples] += 1
-    return sums / counts
-
-
-def _blind_pairs(plan: DuelPlan, first: Side, second: Side) -> tuple[list[AnswerSet], np.ndarray]:
-    """A set of two for each sample of each prompt, in an order that tells nothing; True: the second stands first."""
-    samples = len(first.texts[0])
-    flips = np.random.default_rng(plan.sampling.seed).integers(0, 2, len(plan.prompts) * samples).astype(bool)
-    pairs = []
-    for p, prompt in enumerate(plan.prompts):
-        for s in range(samples):
-            texts = (first.texts[p][s], second.texts[p][s])
-            ended = (bool(first.ended_PS[p, s]), bool(second.ended_PS[p, s]))
-            order = -1 if flips[p * samples + s] else 1
-            pairs.append(AnswerSet(f"pair-{p * samples + s + 1:05}", prompt, texts[::order], ended[::order]))
-    return pairs, flips
 
 
 def _answers(plan: DuelPlan, source: str, letter: str, supervisor: Supervisor, say: Callable[[str], None]) -> Side:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from sqlalchemy import update
+
 from trimtab.labeling.campaigns import CampaignPlan, create_campaign
 from trimtab.labeling.database import Database
 from trimtab.labeling.importing import import_rows
 from trimtab.labeling.labelers import add_labeler
 from trimtab.labeling.rows import read_rows
+from trimtab.labeling.tables import Judgment
 from trimtab.labeling.vocabulary import Ask, Kind, Role
 
 CODE = """Use a dictionary to count the words:
@@ -81,21 +84,23 @@ class SampleRoom:
 
 
 def fill(database: Database) -> SampleRoom:
-    """Ann and Bob label, Lea leads, Root administers; three campaigns, one of them with rankings by three people."""
+    """Ann and Bob label, Lea leads, Root administers; four campaigns, two of them with rankings by three people."""
     now = datetime.now(UTC)
     roles = {"ann": Role.LABELER, "bob": Role.LABELER, "lea": Role.LEAD, "root": Role.ADMIN}
     with database.write() as session:
         tokens = {name: add_labeler(session, name, role, now)[1] for name, role in roles.items()}
         plans = (
-            CampaignPlan("helpful", title="Helpful answers", ratings=Ask.OPTIONAL, overlap=2),
+            CampaignPlan("helpful", title="Helpful answers", ratings=Ask.OPTIONAL, overlap=3),
             CampaignPlan("new-or-old", title="Is the new policy better?", kind=Kind.COMPARISON),
             CampaignPlan("write", title="Ideal answers", kind=Kind.DEMONSTRATION),
+            CampaignPlan("done", title="Bedtime stories", overlap=3),
         )
         for plan in plans:
             create_campaign(session, plan, None, now)
     rows = ranking_rows()
     _import(database, "helpful", rows, now)
     _import(database, "helpful", _judged(rows[3:], now), now)
+    _import(database, "done", _judged(rows[1:4], now), now)
     pairs = [
         {"prompt": row["prompt"], "responses": row["responses"][1:3], "versions": row["versions"][1:3]}
         for row in rows[1:]
@@ -103,6 +108,8 @@ def fill(database: Database) -> SampleRoom:
     _import(database, "new-or-old", pairs, now)
     questions = ("Explain to a child why the sky is blue.", "Write a polite reminder about an unpaid bill.")
     _import(database, "write", [{"prompt": question} for question in questions], now)
+    with database.write() as session:  # as if they had ranked here: their pace is shown
+        session.execute(update(Judgment).values(is_imported=False))
     return SampleRoom(tokens)
 
 

@@ -1,6 +1,7 @@
-"""Pictures of each screen: python -m tests.services.labeling.screens FOLDER [NAME …]; needs Chromium.
+"""Pictures of each screen: python -m tests.services.labeling.screens FOLDER [WHICH …]; needs Chromium.
 
-Desktop and phone, light and dark, English and Chinese. Look at them after a change to templates or styles.
+Desktop and phone, light and dark, English and Chinese. WHICH are screens or looks (task, dark, zh, phone); all without.
+Look at them after a change to templates or styles.
 """
 
 import sys
@@ -26,11 +27,12 @@ def rank_some(page: Page) -> None:
 def open_marks(page: Page) -> None:
     rank_some(page)
     page.keyboard.press("f")
-    page.locator("[name^=flags_]").nth(2).check()
+    page.locator(".answer.chosen [name^=flags_]").nth(2).check()
 
 
 SCREENS = {
     "sign-in": ("", "/sign-in", None),
+    "sign-in-failed": ("", "/sign-in?failed=1", None),
     "home": ("ann", "/", None),
     "campaign": ("ann", "/c/helpful", None),
     "task": ("ann", "/c/helpful/next", None),
@@ -41,32 +43,42 @@ SCREENS = {
     "compare": ("ann", "/c/new-or-old/next", None),
     "write": ("ann", "/c/write/next", None),
     "past": ("ann", "/c/helpful/mine", None),
+    "edit": ("ann", "/t/4", None),
+    "keys": ("ann", "/about-keys", None),
+    "nothing-left": ("ann", "/c/done/next", None),
     "menu": ("lea", "/", lambda page: page.locator("details.menu summary").click()),
     "lead": ("lea", "/lead", None),
     "lead-campaign": ("lea", "/lead/c/helpful", None),
+    "lead-comparison": ("lea", "/lead/c/new-or-old", None),
     "lead-task": ("lea", "/lead/c/helpful/t/4", None),
     "lead-new": ("lea", "/lead/new", None),
     "people": ("root", "/people", None),
+    "people-open": ("root", "/people", lambda page: page.locator(".row-menu summary").first.click()),
     "error": ("ann", "/t/99999", None),
 }
+IN_VIEW = ("task-ranking", "task-flags", "task-keys", "task-skip", "menu")  # the others are shown whole, however long
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(folder: Path, which: set[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    looks = [(language, theme, size) for language in ("en", "zh") for theme in ("light", "dark") for size in SIZES]
+    names = [name for name in SCREENS if not which & set(SCREENS) or name in which]
+    parts = {part for look in looks for part in look}
     with tempfile.TemporaryDirectory() as scratch:
         database = Path(scratch) / "labels.sqlite"
         room = make(database)
         with run_server(str(database)) as address, open_browser() as browser:
-            for language in ("en", "zh"):
-                for theme in ("light", "dark"):
-                    for size in SIZES:
-                        shoot(browser, address, room.tokens, folder, names, (language, theme, size))
+            for look in looks:
+                if which & parts <= set(look):
+                    shoot(browser, address, room.tokens, folder, names, look)
 
 
-def shoot(browser: Browser, address: str, tokens: dict[str, str], folder: Path, names: list[str], look) -> None:
+def shoot(
+    browser: Browser, address: str, tokens: dict[str, str], folder: Path, names: list[str], look: tuple[str, str, str]
+) -> None:
     language, theme, size = look
     pages: dict[str, Page] = {}
-    for name in names or SCREENS:
+    for name in names:
         person, path, act = SCREENS[name]
         if person not in pages:
             context = browser.new_context(
@@ -74,22 +86,22 @@ def shoot(browser: Browser, address: str, tokens: dict[str, str], folder: Path, 
                 locale={"en": "en-GB", "zh": "zh-CN"}[language],
                 color_scheme=theme,
                 has_touch=size == "phone",
+                is_mobile=size == "phone",
                 reduced_motion="reduce",
             )
+            context.add_init_script("localStorage.clear()")  # no draft of an earlier picture
             pages[person] = context.new_page()
             if person:
                 pages[person].goto(f"{address}/sign-in#name={person}&token={tokens[person]}")
                 pages[person].wait_for_selector("h1")
         page = pages[person]
         page.goto(address + path)
-        page.evaluate("localStorage.clear()")
-        page.wait_for_load_state("networkidle")
         if act:
             act(page)
-        page.screenshot(path=folder / f"{name}-{size}-{theme}-{language}.png")
+        page.screenshot(path=folder / f"{name}-{size}-{theme}-{language}.png", full_page=name not in IN_VIEW)
     for page in pages.values():
         page.context.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), set(sys.argv[2:]))

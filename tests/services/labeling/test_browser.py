@@ -273,7 +273,8 @@ def violations(page: Page, path: str) -> list[tuple]:
 
 
 def test_nothing_sticks_out_of_a_phones_screen(served, enter):
-    page = enter("bob", "/", viewport={"width": 360, "height": 740}, has_touch=True)
-    for path in ("/", "/c/helpful/next", "/c/new-or-old/next", "/c/write/next", "/c/helpful/mine"):
-        page.goto(served.address + path)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
+    for name, paths in ALL_PAGES.items():
+        page = enter(name, "/", viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+        for path in paths:
+            page.goto(served.address + path)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360, path

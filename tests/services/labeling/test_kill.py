@@ -1,15 +1,16 @@
 """A server killed with SIGKILL in the middle of a thousand submits loses nothing that it acknowledged."""
 
+import http.client
 import json
 import os
 import signal
 import socket
 import threading
-import urllib.error
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy import select
 
 from tests.services.labeling.browser import start_server
 from trimtab.labeling.campaigns import CampaignPlan, create_campaign
@@ -19,6 +20,7 @@ from trimtab.labeling.importing import import_rows
 from trimtab.labeling.judgments import submission_count
 from trimtab.labeling.labelers import add_labeler
 from trimtab.labeling.rows import read_rows
+from trimtab.labeling.tables import Labeler, Lease, Task
 from trimtab.labeling.vocabulary import Role
 
 SUBMITS = 1000
@@ -27,40 +29,55 @@ WORKERS = 8
 
 
 class Labelers:
-    """Eight programs that label over the API as fast as they can, and ask again whatever was not answered."""
+    """Eight programs that send rankings over the API as fast as they can, and send again whatever was not answered."""
 
-    def __init__(self, port: int, tokens: list[str]) -> None:
+    def __init__(self, port: int, tokens: list[str], tasks: list[list[int]]) -> None:
         self.port = port
         self.tokens = tokens
+        self.tasks = tasks
         self.acknowledged: list[tuple[int, str]] = []
         self.lock = threading.Lock()
         self.reached = threading.Event()
         self.server_is_back = threading.Event()
 
     def work(self, worker: int) -> None:
-        while (task := self._post(worker, "/api/v1/campaigns/c/next", {})) is not None:
-            key = f"submit-{worker}-{task['id']}"
-            receipt = self._post(worker, f"/api/v1/tasks/{task['id']}/judgment", {"key": key, "ranks": [2, 1, 1, 3]})
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        for task in self.tasks[worker]:
+            key = f"submit-{worker}-{task}"
+            receipt = self._send(connection, worker, task, {"key": key, "ranks": [2, 1, 1, 3]})
             with self.lock:
                 self.acknowledged.append((receipt["task_id"], key))
                 if len(self.acknowledged) == KILL_AFTER:
                     self.reached.set()
+        connection.close()
 
-    def _post(self, worker: int, path: str, body: dict):
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}",
-            json.dumps(body).encode(),
-            {"authorization": f"Bearer {self.tokens[worker]}", "content-type": "application/json"},
-        )
+    def _send(self, connection: http.client.HTTPConnection, worker: int, task: int, body: dict) -> dict:
+        headers = {"authorization": f"Bearer {self.tokens[worker]}", "content-type": "application/json"}
         for _ in range(5):
             try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                raise AssertionError(f"{path}: {error.code} {error.read()[:300]}") from error
-            except OSError:
+                connection.request("POST", f"/api/v1/tasks/{task}/judgment", json.dumps(body), headers)
+                answer = connection.getresponse()
+                content = answer.read()
+            except (OSError, http.client.HTTPException):
+                connection.close()
                 assert self.server_is_back.wait(60)
+                continue
+            assert answer.status == 200, (answer.status, content[:300])
+            return json.loads(content)
         raise AssertionError("the server did not come back")
+
+
+def hand_out(database: Database) -> list[list[int]]:
+    """Lease every task to one of the labelers in turn; the tasks' ids by labeler."""
+    now = datetime.now(UTC)
+    handed: list[list[int]] = [[] for _ in range(WORKERS)]
+    with database.write() as session:
+        labelers = list(session.scalars(select(Labeler.id).order_by(Labeler.id)))
+        for i, task in enumerate(session.scalars(select(Task.id).order_by(Task.position))):
+            handed[i % WORKERS].append(task)
+            given = {"task_id": task, "labeler_id": labelers[i % WORKERS], "order": [2, 0, 3, 1]}
+            session.add(Lease(**given, granted_at=now, expires_at=now + timedelta(hours=1)))
+    return handed
 
 
 def test_every_acknowledged_ranking_is_there_once_after_sigkill(database_url, now):
@@ -71,12 +88,13 @@ def test_every_acknowledged_ranking_is_there_once_after_sigkill(database_url, no
         create_campaign(session, CampaignPlan("c"), None, datetime.now(UTC))
     rows = [{"prompt": f"p{i}", "responses": [f"{i}.{j}" for j in range(4)], "task": f"t{i}"} for i in range(SUBMITS)]
     import_rows(database, "c", read_rows(json.dumps(row) for row in rows), now)
+    tasks = hand_out(database)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
 
     server, _ = start_server(database_url, port=port)
-    labelers = Labelers(port, tokens)
+    labelers = Labelers(port, tokens, tasks)
     with ThreadPoolExecutor(WORKERS) as pool:
         workers = [pool.submit(labelers.work, i) for i in range(WORKERS)]
         while not labelers.reached.wait(0.5):

@@ -4,6 +4,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sqlalchemy import delete
 
@@ -16,15 +17,18 @@ from trimtab.labeling.labelers import add_labeler, find_labeler
 from trimtab.labeling.leases import next_task
 from trimtab.labeling.tables import Campaign
 from trimtab.labeling.vocabulary import Role
+from trimtab.rounds.duel import DuelPlan, Side
+from trimtab.rounds.duel_people import DuelError, people_wins
 from trimtab.rounds.ranking.people_source import PeopleSource
 from trimtab.rounds.ranking.source import AnswerSet
+from trimtab_client import Sampling
 
 SETS = [AnswerSet(f"s-r1-{i}", f"p{i} \u2028", tuple("abcd"), (True, True, False, True)) for i in range(3)]
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """(database, its path, client, process, address) of a real server; ann and bob label, lea leads."""
+    """(database, its path, client, Lea's token, process, address) of a real server; ann and bob label, lea leads."""
     now = datetime.now(UTC)
     path = str(tmp_path_factory.mktemp("people") / "labels.sqlite")
     database = Database(path)
@@ -35,7 +39,7 @@ def served(tmp_path_factory):
             for name, role in (("lea", Role.LEAD), ("ann", Role.LABELER), ("bob", Role.LABELER))
         }
     process, address = start_server(path)
-    yield database, path, LabelingClient(address, tokens["lea"], timeout_s=10), process, address
+    yield database, path, LabelingClient(address, tokens["lea"], timeout_s=10), tokens["lea"], process, address
     process.kill()
     process.wait()
     database.close()
@@ -44,7 +48,7 @@ def served(tmp_path_factory):
 @pytest.fixture
 def page(served):
     """(database, client), the campaign of an earlier test gone."""
-    database, _, client, _, _ = served
+    database, _, client, *_ = served
     with database.write() as session:
         session.execute(delete(Campaign).where(Campaign.name == "s-r1"))
     return database, client
@@ -108,8 +112,38 @@ def test_the_exported_rankings_of_a_round_are_what_the_file_source_reads(page, n
     assert FileSource(file, 1, 0).poll(SETS) == people.poll(SETS)
 
 
+def test_a_comparison_on_the_page_is_the_human_win_rate_of_the_second_model(page, served, tmp_path, now):
+    database, client = page
+    (tmp_path / "token").write_text(served[3])
+    first, second = answered("a", [["left 0"], ["left 1"], ["same"]]), answered("b", [["x"], ["y"], ["same"]])
+    judge = f"people:{client.address}/c/a-or-b"
+    duel = DuelPlan("a", "b", ("p0", "p1", "p2"), judge, Sampling(seed=0), tmp_path, "", 1, tmp_path / "token")
+    with pytest.raises(DuelError, match=r"0 of 2 sets are ranked on http.*/c/a-or-b; then run the same command again"):
+        people_wins(duel, first, second)
+    prefer(database, "a-or-b", {"x": 1, "left 0": 2}, now)
+    prefer(database, "a-or-b", {"y": 1, "left 1": 1}, now)
+    assert people_wins(duel, first, second).tolist() == [1.0, 0.5, 0.5]
+    [rate] = client.win_rates("a-or-b")
+    assert (rate["challenger"], rate["rate"], rate["identical"]) == ("run/b@1", pytest.approx(2 / 3), 1)
+
+
+def answered(name: str, texts: list[list[str]]) -> Side:
+    one = np.ones((len(texts), 1))
+    return Side(name, f"run/{name}@1", tuple(map(tuple, texts)), one, one.astype(bool))
+
+
+def prefer(database: Database, campaign: str, ranks: dict[str, int], now) -> None:
+    """Ann judges the pair that she is given next by the ranks of its texts."""
+    with database.write() as session:
+        person = find_labeler(session, "ann")
+        lease = next_task(session, find_campaign(session, campaign), person, now)
+        texts = [response.text for response in lease.task.responses]
+        given = tuple(ranks[texts[position]] for position in lease.order)
+        submit(session, lease.task_id, person, Draft(f"key-{lease.task_id}-pair", ranks=given), now)
+
+
 def test_a_page_that_is_away_delays_the_round_and_nothing_else(served, page):
-    _, path, client, process, address = served
+    _, path, client, _, process, address = served
     process.kill()
     process.wait()
     people = source(client)

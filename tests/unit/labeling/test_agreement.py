@@ -1,6 +1,11 @@
-"""Agreement against worked examples."""
+"""Agreement against worked examples, and against the definitions written out."""
+
+import math
+from itertools import combinations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trimtab.labeling.agreement import Judged, agreement, compare_rankings, disagreement, ordinal_alpha
 
@@ -52,3 +57,40 @@ def test_missing_ratings_are_left_out():
     ]
     judged.append(Judged("u", "bob", (1, 2), (1, 2)))
     assert agreement(judged).rating_alpha == pytest.approx(1)
+
+
+UNITS = st.lists(st.lists(st.none() | st.integers(1, 7), min_size=1, max_size=5), min_size=1, max_size=12)
+
+
+@given(UNITS)
+def test_alpha_is_one_less_observed_over_expected_disagreement(units):
+    found, expected = ordinal_alpha(units), plain_alpha(units)
+    assert found is expected if expected is None else found == pytest.approx(expected)
+
+
+def plain_alpha(units: list[list[int | None]]) -> float | None:
+    """Krippendorff's definition pair by pair: 1 - D_observed / D_expected with the ordinal metric, in plain loops."""
+    pairable = [[value for value in unit if value is not None] for unit in units]
+    pairable = [unit for unit in pairable if len(unit) > 1]
+    values = [value for unit in pairable for value in unit]
+    if len(set(values)) < 2:
+        return None
+
+    def squared_distance(a: int, b: int) -> float:
+        low, high = min(a, b), max(a, b)
+        between = sum(low <= value <= high for value in values)
+        return (between - (values.count(low) + values.count(high)) / 2) ** 2
+
+    observed = math.fsum(
+        2 * squared_distance(a, b) / (len(unit) - 1) for unit in pairable for a, b in combinations(unit, 2)
+    )
+    expected = math.fsum(2 * squared_distance(a, b) for a, b in combinations(values, 2)) / (len(values) - 1)
+    return 1 - observed / expected
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=9), st.randoms(use_true_random=False))
+def test_pairwise_agreement_is_the_share_of_untied_pairs_in_the_same_order(first, dice):
+    second = [dice.randint(1, 4) for _ in first]
+    both = [(i, j) for i, j in combinations(range(len(first)), 2) if first[i] != first[j] and second[i] != second[j]]
+    same = sum((first[i] < first[j]) == (second[i] < second[j]) for i, j in both)
+    assert compare_rankings(first, second).share == (same / len(both) if both else None)

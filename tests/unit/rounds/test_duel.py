@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trimtab.rounds.duel import Duel, DuelError, DuelPlan, Side, people_wins
+from trimtab.rounds.duel import Duel, DuelPlan, Side
+from trimtab.rounds.duel_people import DuelError, people_wins
 from trimtab.rounds.duel_report import verdict, write_duel_report
 from trimtab.rounds.evaluate import bootstrap_mean, win_rate
 from trimtab_client import Sampling
@@ -29,7 +30,7 @@ def test_peoples_rankings_of_blind_pairs_are_counted_for_the_right_side(tmp_path
     file = tmp_path / "rankings.jsonl"
     duel = plan(tmp_path, f"people:{file}")
     with pytest.raises(DuelError, match=r"people have not judged all pairs: .* rank the sets in"):
-        people_wins(duel, side("a"), side("b"), file)
+        people_wins(duel, side("a"), side("b"))
     pairs = [json.loads(line) for line in (tmp_path / "to_rank.jsonl").read_text().splitlines()]
     firsts = [pair["responses"][0][0] for pair in pairs]
     assert {"a", "b"} == set(firsts), "either side stands first now and then"
@@ -40,7 +41,7 @@ def test_peoples_rankings_of_blind_pairs_are_counted_for_the_right_side(tmp_path
 
     for ranks_of, share in (({"a": 2, "b": 1}, 1.0), ({"a": 1, "b": 2}, 0.0), ({"a": 1, "b": 1}, 0.5)):
         file.write_text(ranked(ranks_of))
-        assert people_wins(duel, side("a"), side("b"), file).tolist() == [share] * len(PROMPTS)
+        assert people_wins(duel, side("a"), side("b")).tolist() == [share] * len(PROMPTS)
 
 
 def test_the_page_shows_the_win_rate_both_sides_and_no_markup_of_theirs(tmp_path):

@@ -26,6 +26,11 @@ class AnswerSet:
     responses: tuple[str, ...]
     ended: tuple[bool, ...]
 
+    @property
+    def is_one_text(self) -> bool:
+        """Whether all responses are equal."""
+        return len(set(self.responses)) == 1
+
     def row(self) -> dict[str, Any]:
         """The row of a JSONL file, as docs/data.md describes rankings, without the ranks."""
         key = "prompt" if isinstance(self.prompt, str) else "messages"

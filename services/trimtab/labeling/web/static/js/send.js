@@ -69,5 +69,5 @@ async function post(action, body) {
 async function reason(answer) {
   if (answer.status === 401 || answer.type === "opaqueredirect") return say("signed_out");
   const problem = await answer.json().catch(() => null);
-  return problem?.error?.message ?? `${answer.status}`;
+  return say("refused", { reason: problem?.error?.message ?? answer.status });
 }
