@@ -13,6 +13,7 @@ from trimtab.cli.compare import compare
 from trimtab.cli.demo import demo
 from trimtab.cli.errors import exit_with
 from trimtab.cli.generate import generate
+from trimtab.cli.job import job
 from trimtab.cli.score import score
 from trimtab.cli.serve import serve
 from trimtab.cli.train import train
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, up, serve, train, generate, score, compare):
+for command in (demo, up, serve, train, job, generate, score, compare):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(label.app, name="label")

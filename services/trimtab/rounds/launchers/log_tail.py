@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -23,7 +24,12 @@ def last_words(path: Path, start: int = 0) -> str:
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
-    lines = [line for line in map(str.strip, ANSI.sub("", text).splitlines()) if line]
+    return telling_line(ANSI.sub("", text).splitlines())
+
+
+def telling_line(lines: Iterable[str]) -> str:
+    """`last_words` of lines that are at hand."""
+    lines = [line for line in map(str.strip, lines) if line]
     records = [_record(line) for line in lines]
     for line, record in zip(reversed(lines), reversed(records), strict=True):
         if record is None or record.get("level") in ERROR_LEVELS:
