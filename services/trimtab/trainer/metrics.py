@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,6 +52,7 @@ class MetricWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         row = {"run_id": snapshot.run_id, "stage": snapshot.stage, "step": step, "time": now.isoformat(), **finite}
         self._lines.write(json.dumps(row) + "\n")
+        os.fsync(self._lines.fileno())  # before a checkpoint makes the journal forget the step
         for name, value in values.items():
             self._board.add_scalar(f"{snapshot.stage}/{name}", value, step)
             METRIC.labels(snapshot.run_id, snapshot.stage, name).set(value)

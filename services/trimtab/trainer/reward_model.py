@@ -31,7 +31,6 @@ from trimtab.trainer.epochs import EpochOrder
 from trimtab.trainer.forward import prepare_for_training
 from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
 from trimtab.trainer.reward_loss import accumulate_pair_loss
-from trimtab.trainer.reward_plots import write_report
 from trimtab.trainer.reward_report import RewardReport, make_report, score_held_out
 from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.sft import load_policy, tell_what_was_cut
@@ -101,6 +100,8 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
         if validation:
             context.run.doing("evaluating on held-out rankings")
             held_out = score_held_out(model, validation, stage.micro_batch_tokens)
+            from trimtab.trainer.reward_plots import write_report  # matplotlib takes a second
+
             report = make_report(held_out, train)
             write_report(report, held_out, context.folder, mean=model.mean, std=model.std)
             final |= accuracy_metrics(report)

@@ -106,6 +106,8 @@ class _Steps:
             if state.step < config.steps:
                 every = config.stage.checkpoint_every_steps
                 context.between_steps(state.step, every, state.state, lambda newest=version: newest)
+                if state.step % every == 0:
+                    self.journal.forget(state.step)
         self.pipeline.settle()
 
     def _step(self) -> ModelVersion:
@@ -140,9 +142,6 @@ class _Steps:
         self._count_skips(metrics, episodes)
         times.trained()
 
-        if step % config.stage.checkpoint_every_steps == 0 and step < config.steps:
-            context.save(state.state())
-            self.journal.forget(step)
         context.run.doing("publishing")
         version = self._publish(metrics)
         self.pipeline.admit(version)

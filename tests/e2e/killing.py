@@ -1,0 +1,166 @@
+"""What test_kill needs: the services as real processes, and a run that is seen to its end while some are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.rounds.launchers.local import Supervisor
+from trimtab.rounds.launchers.process import ProcessState, RestartPolicy
+from trimtab.rounds.launchers.services import service_process
+from trimtab.weights.store import Store, open_store
+from trimtab_client import ChannelOptions, RunStatus, StepMetrics, TrainerClient, TrimtabError, Unavailable
+from trimtab_client.v1 import trainer_pb2
+
+SERVICES = ("trainer", "generator", "reward", "reference")
+MOMENTS = ("generating", "training", "publishing", "saving")
+EAGER = RestartPolicy(attempts=1000, first_s=0.05, longest_s=0.05)
+LONGEST_RUN_S = 240.0
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL of a service, `delay_s` after the run at `step` was first seen doing `moment`."""
+
+    service: str
+    moment: str
+    step: int
+    delay_s: float
+
+
+def random_kills(seed: int, steps: int, count: int) -> list[Kill]:
+    """The trainer is always among the killed, each other service in turn over the seeds."""
+    choose = random.Random(seed)
+    others = [SERVICES[1 + (seed + number) % 3] for number in range(count - 1)]
+    at = sorted(choose.sample(range(steps - 2), count))
+    services = choose.sample(["trainer", *others], count)
+    return [
+        Kill(service, choose.choice(MOMENTS if service == "trainer" else MOMENTS[:2]), step, choose.uniform(0, 0.15))
+        for service, step in zip(services, at, strict=True)
+    ]
+
+
+class Site:
+    """The four services as processes of one supervisor, and a store."""
+
+    def __init__(self, folder: Path, model: Path, reward_model: Path, supervisor: Supervisor) -> None:
+        self.folder = folder
+        self.supervisor = supervisor
+        store = str(folder / "store")
+        exact: dict[str, dict[str, object]] = {
+            "trainer": {"folder": str(folder / "runs")},
+            "generator": {"model": str(model), "max_slots": 1},  # one sequence a forward
+            "reward": {"model": str(reward_model), "deterministic": True},
+            "reference": {"model": str(model), "batch_tokens": 1},  # likewise
+        }
+        self.addresses: dict[str, str] = {}
+        for name, settings in exact.items():
+            spec = service_process(name, {"store": store, "metrics_port": None} | settings, folder / "services")
+            self.addresses[name] = spec.address
+            supervisor.add(spec)
+        supervisor.wait_ready(timeout_s=120)
+
+    @property
+    def store(self) -> Store:
+        return open_store(str(self.folder / "store"))
+
+    def pid(self, service: str) -> int | None:
+        """The process id of a service that runs now."""
+        (status,) = [status for status in self.supervisor.statuses() if status.name == service]
+        return status.pid if status.state is ProcessState.SERVING else None
+
+    def kill(self, service: str) -> bool:
+        """SIGKILL; False where it is down already."""
+        pid = self.pid(service)
+        if pid is None:
+            return False
+        os.kill(pid, signal.SIGKILL)
+        return True
+
+    def digest(self, run_id: str, name: str = "policy") -> str:
+        """Of the newest version."""
+        version = self.store.current_version(run_id, name)
+        assert version is not None
+        return version.digest
+
+    def rows(self, run_id: str, file: str = "metrics.jsonl") -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "runs" / run_id / file).read_text().splitlines()]
+
+
+@contextmanager
+def site(folder: Path, model: Path, reward_model: Path) -> Iterator[Site]:
+    """A site whose processes are gone at the end, each of them."""
+    with Supervisor(policy=EAGER) as supervisor:
+        yield Site(folder, model, reward_model, supervisor)
+
+
+def run_to_its_end(
+    place: Site,
+    run_id: str,
+    config: object,
+    kills: list[Kill] | None = None,
+    heard: Callable[[str], None] = lambda activity: None,
+) -> tuple[RunStatus, list[StepMetrics]]:
+    """Start a run, kill what is due, start it again after the trainer was killed; its last status, all steps seen."""
+    due = list(kills or [])
+    steps: list[StepMetrics] = []
+    deadline = time.monotonic() + LONGEST_RUN_S
+    with TrainerClient(place.addresses["trainer"], ChannelOptions(retries=0)) as client:
+        while time.monotonic() < deadline:
+            try:
+                client.start(run_id, config)  # type: ignore[arg-type]
+                for event in client.watch(run_id, after_step=steps[-1].step if steps else 0):
+                    if isinstance(event, StepMetrics):
+                        steps.append(event)
+                        continue
+                    heard(event.activity)
+                    if event.finished:
+                        assert not due, f"never killed: {due}"
+                        return event, steps
+                    reached = steps[-1].step if steps else 0
+                    if due and _is_due(due[0], reached, event.activity):
+                        kill = due.pop(0)
+                        threading.Timer(kill.delay_s, place.kill, [kill.service]).start()
+            except (Unavailable, TrimtabError) as error:
+                if not isinstance(error, Unavailable):
+                    raise
+                time.sleep(0.1)
+    raise AssertionError(f"run {run_id} did not end in time")
+
+
+def _is_due(kill: Kill, reached: int, activity: str) -> bool:
+    """At its moment of its step, or in the step after where the moment passed unseen."""
+    return reached > kill.step or (reached == kill.step and activity.startswith(kill.moment))
+
+
+def ppo_config(place: Site, prompts: Path, **changes: object) -> trainer_pb2.PpoConfig:
+    """Six small steps, a checkpoint every two."""
+    config = trainer_pb2.PpoConfig(
+        prompts=str(prompts),
+        generator_address=place.addresses["generator"],
+        reward_address=place.addresses["reward"],
+        reference_address=place.addresses["reference"],
+        steps=6,
+        batch_size=8,
+        minibatch_size=4,
+        inner_epochs=2,
+        max_new_tokens=6,
+        ema_decay=0.9,
+        adaptive_kl_target=1.0,
+        adaptive_kl_horizon=100.0,
+        service_timeout_s=120.0,
+        value_optimizer=trainer_pb2.OptimizerConfig(learning_rate=1e-2),
+    )
+    config.stage.optimizer.learning_rate = 1e-2
+    config.stage.checkpoint_every_steps = 2
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
