@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.services.test_trainer import (
+    COMMON,
     finished,
     ppo_config,
     rankings,
@@ -15,6 +16,9 @@ from tests.services.test_trainer import (
     sft_config,
     write_rows,
 )
+from trimtab.runtime.server import RunningServer
+from trimtab.trainer import service
+from trimtab.trainer.config import TrainerConfig
 from trimtab.weights.store import open_store
 from trimtab_client import AlreadyExists, AsyncTrainerClient, FailedPrecondition
 from trimtab_client.v1 import trainer_pb2
@@ -123,6 +127,23 @@ async def test_two_trainers_never_work_on_one_run(make_tiny, tmp_path):
             await other.pause("run")
         await one.stop("run")
         assert (await finished(one, "run"))[0].state == "stopped"
+
+
+async def test_a_trainer_elsewhere_cannot_publish_a_run_that_is_going(make_tiny, tmp_path):
+    config = sft_config(make_tiny("policy"), tmp_path, epochs=2000)
+    async with serving_trainer(tmp_path, lease_ttl_s=1) as one:
+        await one.start("run", config)
+        await reached(one, lambda status: status.step >= 1)
+        settings = {"store": str(tmp_path / "store"), "folder": tmp_path / "elsewhere", "lease_ttl_s": 1}
+        elsewhere = TrainerConfig(**COMMON, **settings)  # type: ignore[arg-type]
+        server = RunningServer(service.LABEL, elsewhere, services=service.SERVICES, load=service.load)
+        async with server, AsyncTrainerClient(server.address) as other:
+            await other.start("run", config)
+            status, _ = await finished(other, "run")
+        assert status.state == "failed" and "run run is being published to by" in status.error
+        assert (await one.checkpoint("run"))[0].step > 1
+        await one.stop("run")
+        await finished(one, "run")
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

@@ -11,8 +11,6 @@ from trimtab.runtime.config import ServiceConfig
 
 DEFAULT_STORE = "runs/store"
 
-DEFAULT_STORE = "runs/store"
-
 
 class TrainerConfig(ServiceConfig):
     """One trainer process."""
@@ -25,6 +23,12 @@ class TrainerConfig(ServiceConfig):
 
     keep_versions: int = Field(
         default=5, ge=1, description="Newest versions of a run that are kept, beside the current and pinned ones."
+    )
+
+    lease_ttl_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="How long the run of a trainer that is gone is closed to others.",
     )
 
     @property

@@ -15,6 +15,7 @@ from trimtab.trainer.metrics import MetricWriter, reported
 from trimtab.trainer.run import Run, RunState, StopRun
 from trimtab.trainer.run_record import RunFolder
 from trimtab.trainer.state import Checkpoints, TrainingState
+from trimtab.weights.lease import Lease
 from trimtab.weights.sources import ResolvedSource, resolve_source
 from trimtab.weights.store import Store
 from trimtab_client import ModelVersion
@@ -28,6 +29,7 @@ class StageContext:
     """Everything around a stage.
 
     Attributes:
+        lease: the right to publish this run, which one trainer has at a time.
         folder: where the run's metrics and reports go, and in `state` what a resume needs.
         threads: compute threads while the trainer alone works.
         keep_versions: newest versions of a run that stay in the store.
@@ -35,6 +37,7 @@ class StageContext:
 
     run: Run
     store: Store
+    lease: Lease
     folder: Path
     device: str
     threads: int
@@ -96,7 +99,13 @@ class StageContext:
             model.save(Path(folder))
             finite = {key: value for key, value in metrics.items() if value == value and abs(value) != float("inf")}
             manifest = self.store.publish(
-                Path(folder), run_id=run_id, name=name, step=step, lineage=dict(lineage), metrics=finite
+                Path(folder),
+                run_id=run_id,
+                name=name,
+                step=step,
+                lineage=dict(lineage),
+                metrics=finite,
+                lease=self.lease,
             )
         self.run.published(manifest.version)
         self.store.prune(run_id, name, keep_last=self.keep_versions)

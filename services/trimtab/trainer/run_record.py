@@ -9,6 +9,7 @@ By this a trainer that starts anew knows a run of before: the same config goes o
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,12 +50,15 @@ class RunRecord:
     Attributes:
         sources: model sources as the config names them, and the versions that they stood for at the start.
         data: digests of the tokens read, by field.
+        owner: the name under which whoever holds this folder publishes: a trainer that starts anew after a kill takes
+            the run's lease over at once, one with another folder does not.
     """
 
     kind: str
     stage: Stage
     sources: dict[str, str] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
+    owner: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def check_same(self, run_id: str, kind: str, stage: Stage) -> None:
         """Raise OtherConfigError unless `stage` is what the run was started with, apart from `FREE`."""
@@ -91,13 +95,15 @@ class RunFolder:
             return None
         if row["format"] != FORMAT:
             raise ValueError(f"{self.folder}: a run of format {row['format']}; this trimtab reads {FORMAT}")
-        return RunRecord(row["kind"], parse_stage(row["kind"], row["config"]), row["sources"], row["data"])
+        stage = parse_stage(row["kind"], row["config"])
+        return RunRecord(row["kind"], stage, row["sources"], row["data"], row["owner"])
 
-    def begin(self, kind: str, stage: Stage) -> None:
+    def begin(self, kind: str, stage: Stage) -> RunRecord:
         """Note that a run starts here, or goes on: it has no outcome any more."""
         (self.folder / "outcome.json").unlink(missing_ok=True)
-        known = self.record() or RunRecord(kind, stage)
-        self._write(replace(known, stage=stage))
+        record = replace(self.record() or RunRecord(kind, stage), stage=stage)
+        self._write(record)
+        return record
 
     def pinned(self, source: str) -> str:
         """The version that a source stood for at the start, or the source itself."""
@@ -137,8 +143,14 @@ class RunFolder:
         return outcome is not None and outcome["state"] == "succeeded"
 
     def _write(self, record: RunRecord) -> None:
-        config = record.stage.model_dump(mode="json")
-        row = {"format": FORMAT, "kind": record.kind, "config": config, "sources": record.sources, "data": record.data}
+        row = {
+            "format": FORMAT,
+            "kind": record.kind,
+            "config": record.stage.model_dump(mode="json"),
+            "sources": record.sources,
+            "data": record.data,
+            "owner": record.owner,
+        }
         write_json(self.folder / "run.json", row)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -208,19 +209,10 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         if before is not None:
             before.join()
         run_id = run.snapshot.run_id
-        context = StageContext(
-            run=run,
-            store=self._store,
-            folder=self._config.folder / run_id,
-            device=self._config.device,
-            threads=self._config.compute_threads,
-            keep_versions=self._config.keep_versions,
-        )
         log.info("run started", run_id=run_id, stage=kind)
         state, error = RunState.SUCCEEDED, ""
         try:
-            with held(context.state.lock):
-                context.state.begin(kind, stage)
+            with self._held(run, kind, stage) as context:
                 try:
                     STAGES[kind](stage, context)
                 except StopRun:
@@ -231,6 +223,25 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             state, error = RunState.FAILED, str(failure) or type(failure).__name__
         run.finish(state, error)
         log.info("run ended", run_id=run_id, state=run.snapshot.state.name)
+
+    @contextmanager
+    def _held(self, run: Run, kind: str, stage: Stage) -> Iterator[StageContext]:
+        """The run's folder and its lease, for this trainer alone. Raises RunLockedError, LeaseHeldError."""
+        config, run_id = self._config, run.snapshot.run_id
+        folder = config.folder / run_id
+        with held(RunFolder(folder).lock):
+            owner, ttl_s = RunFolder(folder).begin(kind, stage).owner, config.lease_ttl_s
+            run.doing("taking the run's lease")
+            with self._store.acquire_lease(run_id, owner, ttl_s, wait_s=1.1 * ttl_s).kept_alive() as lease:
+                yield StageContext(
+                    run=run,
+                    store=self._store,
+                    lease=lease,
+                    folder=folder,
+                    device=config.device,
+                    threads=config.compute_threads,
+                    keep_versions=config.keep_versions,
+                )
 
 
 def check_run_id(run_id: str) -> None:
