@@ -64,6 +64,7 @@ bench: install         ## speed beside the peers, whose environments are made on
 	mkdir -p build/bench
 	$(BIN)/python -m benchmarks.ppo_step --peer-env build/trl-venv --out build/bench/ppo_step.json
 	$(BIN)/python -m benchmarks.reward_training --peer-env build/trl-venv --out build/bench/reward_training.json
+	$(BIN)/python -m benchmarks.overlap --out build/bench/overlap.json
 	$(BIN)/python -m benchmarks.kernels --out build/bench/kernels.json --plot build/bench/kernels.png
 
 protos: install        ## generate the stubs from protos/

@@ -156,7 +156,7 @@ def ppo_config(place: Site, prompts: Path, **changes: object) -> trainer_pb2.Ppo
         ema_decay=0.9,
         adaptive_kl_target=1.0,
         adaptive_kl_horizon=100.0,
-        service_timeout_s=120.0,
+        service_timeout_s=600.0,
         value_optimizer=trainer_pb2.OptimizerConfig(learning_rate=1e-2),
     )
     config.stage.optimizer.learning_rate = 1e-2

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.models.tokenizers import decode
 from trimtab.trainer.patience import Patience
-from trimtab.trainer.ppo.batches import Batch, StageClock
+from trimtab.trainer.ppo.batches import Batch, Request, StageClock
 from trimtab.trainer.ppo.experience import Episode
 from trimtab.trainer.ppo.generator_pool import GeneratorPool
 from trimtab.trainer.ppo.prompts import completion_seed
@@ -26,9 +26,9 @@ from trimtab.trainer.stages import PpoConfig
 from trimtab_client import (
     AsyncReferenceClient,
     AsyncRewardClient,
-    AtLeast,
     ChannelOptions,
     Completion,
+    FailedPrecondition,
     ModelInfo,
     ModelVersion,
     RaggedTokens,
@@ -127,37 +127,48 @@ class RolloutClients:
             raise failures.exceptions[0] from None
 
     async def _generate(self, batch: Batch, arrived: Callable[[int, Completion], None]) -> None:
-        """Ask once for what the batch lacks; each completion is handed to `arrived` under its index."""
-        config, newest = self.config, self.generator.newest
-        assert newest is not None, "load_version first"
-        oldest = batch.step - 1 - config.max_staleness
-        for request in batch.missing():
-            sampling = Sampling(
+        """Ask once for what the batch lacks, of the newest version and no other.
+
+        With staleness a newer one may come to be served before the call is there: then that one is asked.
+        """
+        while requests := batch.missing():
+            newest = self.generator.newest
+            assert newest is not None, "load_version first"
+            try:
+                for request in requests:
+                    await self._sample(batch, request, newest, arrived)
+            except FailedPrecondition:
+                if self.generator.newest == newest:
+                    raise
+
+    async def _sample(
+        self, batch: Batch, request: Request, version: ModelVersion, arrived: Callable[[int, Completion], None]
+    ) -> None:
+        """One call; each completion is handed to `arrived` under its index in the batch."""
+        config = self.config
+        stream = self.generator.client.generate(
+            [batch.prompts[p] for p in request.prompts],
+            sampling=Sampling(
                 n=len(request.samples[0]),
                 max_tokens=config.max_new_tokens,
                 min_tokens=config.min_new_tokens,
                 temperature=config.temperature,
                 ignore_eos=config.ignore_eos,
-            )
-            stream = self.generator.client.generate(
-                [batch.prompts[p] for p in request.prompts],
-                sampling=sampling,
-                seeds=[
-                    [completion_seed(config.stage.seed, batch.step, p, k) for k in samples]
-                    for p, samples in zip(request.prompts, request.samples, strict=True)
-                ],
-                version=AtLeast(oldest) if config.max_staleness else newest,
-                timeout_s=self.timeout_s,
-            )
-            async for completion in stream:
-                if any(not _serves(run.version, newest, oldest, batch.step - 1) for run in completion.versions):
-                    raise RunFailedError(f"the generator sampled with {completion.versions}, not with {newest}")
-                prompt = request.prompts[completion.prompt_index]
-                sample = request.samples[completion.prompt_index][completion.sample_index]
-                arrived(
-                    prompt * batch.samples + sample,
-                    replace(completion, prompt_index=prompt, sample_index=sample),
-                )
+            ),
+            seeds=[
+                [completion_seed(config.stage.seed, batch.step, p, k) for k in samples]
+                for p, samples in zip(request.prompts, request.samples, strict=True)
+            ],
+            version=version,
+            timeout_s=self.timeout_s,
+        )
+        async for completion in stream:
+            if any(run.version.digest != version.digest for run in completion.versions):
+                raise RunFailedError(f"the generator sampled with {completion.versions}, not with {version}")
+            prompt = request.prompts[completion.prompt_index]
+            sample = request.samples[completion.prompt_index][completion.sample_index]
+            completion = replace(completion, prompt_index=prompt, sample_index=sample)
+            arrived(prompt * batch.samples + sample, completion)
 
     async def _score(self, episodes: list[Episode]) -> None:
         if self.config.score_text:
@@ -198,14 +209,6 @@ class RolloutClients:
     async def close(self) -> None:
         """Close the channels."""
         await asyncio.gather(self.generator.close(), self.reward.close(), self.reference.close())
-
-
-def _serves(version: ModelVersion, newest: ModelVersion, oldest_step: int, newest_step: int) -> bool:
-    """Whether a version of this run sampled, none too old."""
-    if version.step == newest.step:
-        return version.digest == newest.digest
-    same_run = (version.run_id, version.name) == (newest.run_id, newest.name)
-    return same_run and oldest_step <= version.step <= newest_step
 
 
 async def _drain(
