@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from tests.services.authority import LOOPBACK, Authority
 from trimtab.rounds.launchers.services import free_ports
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "stories260K-hf"
@@ -104,20 +105,69 @@ def test_up_with_a_wrong_model_is_one_line_with_the_reason(tmp_path: Path) -> No
     assert result.stderr.count("\n") == 1 and f"{tmp_path / 'none'} is not a model folder" in result.stderr
 
 
-def test_a_service_with_tls_is_supervised_and_reached_by_its_authority_only(tmp_path: Path) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    options = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
-    command = ["openssl", *options.split(), "-addext", names, "-keyout", str(key), "-out", str(cert)]
-    subprocess.run(command, check=True, capture_output=True)
-    section: dict[str, object] = {"model": str(MODEL), "tls_cert": str(cert), "tls_key": str(key)}
-    path, addresses = up_file(tmp_path, generator=section)
+def test_services_with_tls_and_keys_are_supervised_and_open_to_those_who_show_one(tmp_path: Path) -> None:
+    authority = Authority.make(tmp_path / "authority")
+    cert, key = authority.issue("server", LOOPBACK)
+    keys = tmp_path / "keys.yaml"
+    for name, role in (("maker", "generate"), ("judge", "score")):
+        made = trimtab("keys", "add", name, "--role", role, "--file", str(keys), "--out", str(tmp_path / name))
+        assert made.returncode == 0 and made.stdout == "", made.stderr
+    path, addresses = up_file(tmp_path, generator={"model": str(MODEL)})
+    content = yaml.safe_load(path.read_text())
+    content["shared"] = {"tls_cert": str(cert), "tls_key": str(key), "auth": {"keys_file": str(keys)}}
+    path.write_text(yaml.safe_dump(content))
+    at = ("generate", "--address", addresses["generator"], "--max-tokens", "4", "Once upon a time")
+    ca = ("--tls-ca", str(authority.ca))
+
+    def refused(*flags: str) -> str:
+        result = trimtab(*at, *flags)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+        return result.stderr
+
     with running("up", "-c", str(path)) as up:
         wait_for(up, "generator: serving")
-        arguments = ("generate", "--address", addresses["generator"], "--max-tokens", "4", "Once upon a time")
-        assert trimtab(*arguments, "--tls-ca", str(cert)).stdout.startswith("Once upon a time")
+        done = trimtab(*at, *ca, "--token-file", str(tmp_path / "maker"))
+        assert done.stdout.startswith("Once upon a time"), done.stderr
+        assert "wants a key" in refused(*ca)
+        assert "key:judge lacks the role 'generate'" in refused(*ca, "--token-file", str(tmp_path / "judge"))
+        assert "it may want TLS" in refused()
+        assert "authorities given" in refused("--tls-ca", str(Authority.make(tmp_path / "other").ca))
+        assert trimtab("keys", "revoke", "maker", "--file", str(keys)).returncode == 0
+        assert "not known" in refused(*ca, "--token-file", str(tmp_path / "maker"))
         up.send_signal(signal.SIGTERM)
         assert up.wait(60) == 0
+    log = (tmp_path / "generator.log").read_text()
+    tokens = [(tmp_path / name).read_text().strip() for name in ("maker", "judge")]
+    assert not any(token in log for token in tokens)
+
+
+def test_keys_are_listed_without_secrets_and_changes_are_noted_with_who_and_when(tmp_path: Path) -> None:
+    keys = str(tmp_path / "keys.yaml")
+    made = trimtab("keys", "add", "anna", "--role", "score", "--role", "label", "--days", "30", "--file", keys)
+    token = made.stdout.strip()
+    assert token.startswith("tt_") and "anna" in made.stderr
+    again = trimtab("keys", "add", "anna", "--role", "score", "--file", keys)
+    assert again.returncode == 1 and "there is a key named anna" in again.stderr and again.stderr.count("\n") == 1
+    wrong = trimtab("keys", "add", "bob", "--role", "fly", "--file", keys)
+    assert wrong.returncode == 1 and "role: fly; there are admin" in wrong.stderr
+    listed = trimtab("keys", "list", "--file", keys).stdout
+    assert "anna\tscore,label" in listed and token.split("_")[1] in listed and token not in listed
+    trimtab("keys", "revoke", "anna", "--file", keys)
+    assert trimtab("keys", "list", "--file", keys).stdout == ""
+    text = (tmp_path / "keys.audit.jsonl").read_text()
+    acts = [json.loads(line) for line in text.splitlines()]
+    assert [act["what"] for act in acts] == ["keys add", "keys revoke"] and token not in text
+    assert all(act["who"].startswith("operator:") and act["when"] and "anna" in act["target"] for act in acts)
+
+
+def test_no_service_listens_beyond_this_machine_in_the_clear_unless_told_to(tmp_path: Path) -> None:
+    refused = trimtab("serve", "trainer", "--host", "0.0.0.0", "--port", "0", "--store", str(tmp_path / "s"))
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "give tls_cert and tls_key, or insecure: true" in refused.stderr
+    cert, key = Authority.make(tmp_path / "authority").issue("server", LOOPBACK)
+    at = ("serve", "trainer", "--host", "0.0.0.0", "--port", "0", "--store", str(tmp_path / "s"))
+    open_to_all = trimtab(*at, "--tls-cert", str(cert), "--tls-key", str(key))
+    assert open_to_all.returncode == 1 and "everybody may call" in open_to_all.stderr
 
 
 def test_a_token_never_travels_in_the_clear_to_another_machine(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
+from trimtab_client.handshakes import explain
+
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -107,6 +109,8 @@ def from_rpc_error(error: grpc.RpcError) -> TrimtabError:
     """
     code: grpc.StatusCode = error.code()  # type: ignore[attr-defined]
     message: str = error.details() or code.name.lower()  # type: ignore[attr-defined]
+    if code == grpc.StatusCode.UNAVAILABLE:
+        message = explain(message)
     field, retry_after_s = None, None
     for key, value in error.trailing_metadata() or ():  # type: ignore[attr-defined]
         if key == _DETAILS_KEY:

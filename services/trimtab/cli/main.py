@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trimtab import __version__
-from trimtab.cli import data, label, rounds, versions
+from trimtab.cli import data, keys, label, rounds, versions
 from trimtab.cli.compare import compare
 from trimtab.cli.demo import demo
 from trimtab.cli.errors import exit_with
@@ -29,6 +29,7 @@ app = typer.Typer(
 for command in (demo, up, serve, train, job, generate, score, compare):
     app.command()(command)
 app.add_typer(data.app, name="data")
+app.add_typer(keys.app, name="keys")
 app.add_typer(label.app, name="label")
 app.add_typer(versions.app, name="versions")
 app.add_typer(rounds.app, name="rounds")

@@ -29,12 +29,21 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Folder, hub id, or version:RUN/NAME[@STEP].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
     store: Annotated[str | None, typer.Option(help="Folder or fsspec URL of the version store.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; beyond this machine only with TLS.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain of the server.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM key of that certificate.")] = None,
+    keys_file: Annotated[Path | None, typer.Option(help="Who may call, as `trimtab keys` writes it.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without TLS, open to everybody.")
+    ] = False,
 ) -> None:
     """Run one service until SIGTERM. Settings come from the file, then TRIMTAB_* variables, then flags."""
     from trimtab.rounds.launchers.services import SERVICES, thread_environment
     from trimtab.runtime.config import load_config
 
-    flags: dict[str, Any] = {"model": model, "port": port, "store": store}
+    flags: dict[str, Any] = {"model": model, "port": port, "store": store, "host": host}
+    flags |= {"tls_cert": tls_cert, "tls_key": tls_key, "insecure": insecure or None}
+    flags["auth"] = {"keys_file": keys_file} if keys_file else None
     given = {key: value for key, value in flags.items() if value is not None}
     kind = SERVICES[name.value]
     config_class = getattr(importlib.import_module(kind.config_module), kind.config_class)

@@ -12,6 +12,9 @@ def up(
     config: Annotated[Path, typer.Option("--config", "-c", help="YAML file with a section per service.")] = Path(
         "up.yaml"
     ),
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without TLS, open to everybody.")
+    ] = False,
 ) -> None:
     """Run services locally until ctrl-C. One that dies is restarted; one that keeps dying ends all."""
     from trimtab.cli.signals import stop_requested
@@ -19,7 +22,7 @@ def up(
     from trimtab.cli.up_view import UpView
     from trimtab.rounds.launchers.local import Supervisor
 
-    settings = load_up_config(config)
+    settings = load_up_config(config, {"insecure": True} if insecure else {})
     view = UpView()
     with stop_requested() as stop, view, Supervisor(on_event=view.event, grace_s=settings.grace_s) as supervisor:
         supervisor.add(*process_specs(settings))

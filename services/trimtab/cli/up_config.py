@@ -1,9 +1,10 @@
 """The YAML file of `trimtab up`: one section per service, in the words of that service's own config.
 
 store: store
+shared: {tls_cert: tls.crt, tls_key: tls.key, auth: {keys_file: keys.yaml}}
 generator: {model: "examples/models/stories260K-hf"}
 reward: {model: "version:first/reward", port: 7202}
-trainer: {}
+trainer: {services: {tls_ca: ca.crt, token_file: trainer.token}}
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimtab.cli.errors import CommandError
-from trimtab.cli.settings import read_yaml
+from trimtab.cli.settings import merged, read_yaml
 from trimtab.cli.stage_config import unknown_key
 from trimtab.rounds.launchers.process import ProcessSpec
 from trimtab.rounds.launchers.services import SERVICES, fair_threads, service_process
@@ -29,6 +30,7 @@ class UpConfig(BaseModel):
     Attributes:
         folder: where the logs and the written service configs go.
         store: the version store of every service whose section names none.
+        shared: settings of every service, under those of its own section.
         threads: cores for each service; None shares the machine's cores evenly.
         grace_s: seconds between SIGTERM and SIGKILL when stopping.
         ready_timeout_s: seconds until every service must serve.
@@ -38,6 +40,7 @@ class UpConfig(BaseModel):
 
     folder: Path = Path("runs/up")
     store: str | None = None
+    shared: dict[str, Any] = {}
     threads: int | None = None
     grace_s: float = 35.0
     ready_timeout_s: float = 600.0
@@ -48,14 +51,17 @@ class UpConfig(BaseModel):
 
     @property
     def sections(self) -> dict[str, dict[str, Any]]:
-        """The sections that are there, by service, with the shared store filled in."""
-        shared = {"store": self.store} if self.store else {}
+        """The sections that are there, by service, with what is shared filled in."""
+        shared = ({"store": self.store} if self.store else {}) | self.shared
         given = {name: getattr(self, name) for name in SERVICES}
-        return {name: shared | section for name, section in given.items() if section is not None}
+        return {name: merged(shared, section) for name, section in given.items() if section is not None}
 
 
-def load_up_config(path: Path) -> UpConfig:
-    """Read and check the file and each section; CommandError or ConfigError in one line."""
+def load_up_config(path: Path, shared: dict[str, Any] | None = None) -> UpConfig:
+    """Read and check the file and each section; CommandError or ConfigError in one line.
+
+    `shared` is laid over the file's own `shared`.
+    """
     if not path.exists():
         raise CommandError(f"{path} does not exist; give it a section per service, as examples/own-model/up.yaml has")
     values = read_yaml(path)
@@ -68,6 +74,7 @@ def load_up_config(path: Path) -> UpConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise CommandError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    config = config.model_copy(update={"shared": config.shared | (shared or {})})
     if not config.sections:
         raise CommandError(f"{path}: no service; add a section: {', '.join(SERVICES)}")
     for name, section in config.sections.items():

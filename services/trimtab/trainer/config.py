@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from trimtab.runtime.config import ServiceConfig
+from trimtab.runtime.peers import PeerConfig
 
 DEFAULT_STORE = "runs/store"
 
@@ -30,6 +31,7 @@ class TrainerConfig(ServiceConfig):
         gt=0,
         description="How long the run of a trainer that is gone is closed to others.",
     )
+    services: PeerConfig = Field(default=PeerConfig(), description="Credentials for the services that runs call.")
 
     @property
     def compute_threads(self) -> int:

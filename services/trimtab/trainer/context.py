@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from trimtab.trainer.state import Checkpoints, TrainingState
 from trimtab.weights.lease import Lease
 from trimtab.weights.sources import ResolvedSource, resolve_source
 from trimtab.weights.store import Store
-from trimtab_client import ModelVersion
+from trimtab_client import ChannelOptions, ModelVersion
 
 AVERAGE = "policy-ema"
 """The name under which a policy's moving average is published, just before the policy itself."""
@@ -33,6 +33,7 @@ class StageContext:
         folder: where the run's metrics and reports go, and in `state` what a resume needs.
         threads: compute threads while the trainer alone works.
         keep_versions: newest versions of a run that stay in the store.
+        services: TLS and token towards the services that a stage calls.
     """
 
     run: Run
@@ -42,6 +43,7 @@ class StageContext:
     device: str
     threads: int
     keep_versions: int
+    services: ChannelOptions = field(default_factory=ChannelOptions)
 
     def resolve(self, source: str) -> ResolvedSource:
         """A folder, hub id or "version:RUN/NAME[@STEP]" as a folder or id to load; a resumed run gets the same."""

@@ -37,7 +37,7 @@ from trimtab.trainer.sft import load_policy, tell_what_was_cut
 from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import RewardModelConfig
 from trimtab.trainer.state import TrainingState, restore_trained, trained_tensors
-from trimtab_client import GeneratorClient, ModelVersion, Sampling
+from trimtab_client import ChannelOptions, GeneratorClient, ModelVersion, Sampling
 
 
 def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
@@ -95,7 +95,7 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
                 context.between_steps(step, stage.checkpoint_every_steps, take, announce)
         final = {"loss": loss}
         context.run.doing("measuring the score's mean and deviation")
-        scores_B = normalization_scores(config, model, train, stage.micro_batch_tokens)
+        scores_B = normalization_scores(config, model, train, stage.micro_batch_tokens, context.services)
         model.set_normalization(float(scores_B.mean()), max(float(scores_B.std()), 1e-6))
         if validation:
             context.run.doing("evaluating on held-out rankings")
@@ -138,7 +138,11 @@ def read_rankings(source: str, model: ScalarModel, max_length: int) -> list[Toke
 
 @torch.no_grad()
 def normalization_scores(
-    config: RewardModelConfig, model: ScalarModel, train: Sequence[TokenizedRanking], micro_batch_tokens: int
+    config: RewardModelConfig,
+    model: ScalarModel,
+    train: Sequence[TokenizedRanking],
+    micro_batch_tokens: int,
+    services: ChannelOptions,
 ) -> torch.Tensor:
     """Raw scores of the reference samples: the generator's answers, demonstrations, or the rankings' responses."""
     sequences: list[np.ndarray]
@@ -147,7 +151,7 @@ def normalization_scores(
     elif config.generator_address:
         prompts = tokenize_prompts(load_prompts(config.normalization_data), model.tokenizer, model.max_length - 1)
         sampling = Sampling(max_tokens=config.normalization_max_tokens, seed=config.stage.seed)
-        with GeneratorClient(config.generator_address) as generator:
+        with GeneratorClient(config.generator_address, services) as generator:
             if generator.get_model().tokenizer_digest != model.tokenizer_digest:
                 raise RunFailedError("generator_address: its tokenizer is not the reward model's")
             completions = list(generator.generate([p.tolist() for p in prompts], sampling=sampling))

@@ -241,6 +241,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                     device=config.device,
                     threads=config.compute_threads,
                     keep_versions=config.keep_versions,
+                    services=config.services.options(),
                 )
 
 

@@ -62,7 +62,7 @@ def run_ppo(config: PpoConfig, context: StageContext) -> None:
 @contextmanager
 def _open(config: PpoConfig, state: PpoState, context: StageContext, loop: LoopThread) -> Iterator[RolloutClients]:
     """The services, checked against the policy."""
-    clients = RolloutClients(config, state.policy.tokenizer, context.run.hindered)
+    clients = RolloutClients(config, state.policy.tokenizer, context.run.hindered, context.services)
     try:
         context.run.doing(
             f"waiting for generator {config.generator_address}, reward {config.reward_address}, "

@@ -47,13 +47,19 @@ class RolloutClients:
         reference_model: what the reference served when it was checked. With exact KL every call is pinned to it.
     """
 
-    def __init__(self, config: PpoConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str, str], None]) -> None:
-        """`say` is told which service is waited for, and why."""
+    def __init__(
+        self,
+        config: PpoConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        say: Callable[[str, str], None],
+        services: ChannelOptions,
+    ) -> None:
+        """`say` is told which service is waited for, and why; `services` has the TLS and token for them."""
         self.config = config
         self.tokenizer = tokenizer
         self.timeout_s = config.service_timeout_s
         self.patience = Patience(self.timeout_s, say)
-        options = ChannelOptions(timeout_s=self.timeout_s, retries=OTHER_REPLICA_RETRIES)
+        options = replace(services, timeout_s=self.timeout_s, retries=OTHER_REPLICA_RETRIES)
         self.generator = GeneratorPool(config.generator_address, options, self.timeout_s)
         self.reward = AsyncRewardClient(config.reward_address, options)
         self.reference = AsyncReferenceClient(config.reference_address, options)
