@@ -96,7 +96,12 @@ def _line(*fields: Any) -> bytes:
 
 
 def folder_content_digest(folder: Path, names: Iterable[str]) -> str:
-    """The content digest of the named files under ``folder``.
+    """The content digest of the named files under ``folder``. Raises like ``folder_digests``."""
+    return content_digest(*folder_digests(folder, names))
+
+
+def folder_digests(folder: Path, names: Iterable[str]) -> tuple[list[TensorDigest], list[FileDigest]]:
+    """Identities of all tensors and of all other files among the named files under ``folder``.
 
     Raises RefusedFileError for a broken safetensors file or a tensor that two shards hold, OSError if a file is absent.
     """
@@ -109,7 +114,7 @@ def folder_content_digest(folder: Path, names: Iterable[str]) -> str:
                     raise RefusedFileError(f"tensor {tensor.name!r} is in two safetensors files, the second is {name}")
         elif not name.endswith(SHARD_INDEX):  # the index only repeats how tensors are spread over shards
             others.append(FileDigest(name, digest_file(folder / name)))
-    return content_digest(tensors.values(), others)
+    return list(tensors.values()), others
 
 
 def file_tensor_digests(path: Path, folder: str = "") -> list[TensorDigest]:
@@ -141,21 +146,27 @@ def read_safetensors_header(path: Path) -> list[TensorSlot]:
                 f"{path.name} is not a whole safetensors file: its header does not fit into {size} bytes"
             )
         raw = file.read(length)
+    return parse_safetensors_header(raw, size, path.name)
+
+
+def parse_safetensors_header(raw: bytes, size: int, file_name: str) -> list[TensorSlot]:
+    """The tensors that a header of a file of ``size`` bytes names. Raises RefusedFileError naming the file."""
+    length = len(raw)
     try:
         header = json.loads(raw)
         slots = [_slot(name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RefusedFileError(f"{path.name} has a broken safetensors header: {error}") from error
+        raise RefusedFileError(f"{file_name} has a broken safetensors header: {error}") from error
     slots.sort(key=lambda slot: (slot.start, slot.end))
     position = 8 + length
     for slot in slots:
         if slot.start != position:
             raise RefusedFileError(
-                f"{path.name} is broken: tensor {slot.name!r} does not begin where the one before it ends"
+                f"{file_name} is broken: tensor {slot.name!r} does not begin where the one before it ends"
             )
         position = slot.end
     if position != size:
-        raise RefusedFileError(f"{path.name} is broken: its tensors end at byte {position}, the file at {size}")
+        raise RefusedFileError(f"{file_name} is broken: its tensors end at byte {position}, the file at {size}")
     return slots
 
 

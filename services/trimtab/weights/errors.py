@@ -36,6 +36,14 @@ class CorruptVersionError(StoreError):
     """A version's files are not what its manifest says. It must not be served."""
 
 
+class ParentMissingError(VersionNotFoundError):
+    """A delta has arrived before the version that it is to be applied to."""
+
+
+class WrongParentError(CorruptVersionError):
+    """A delta was made for other content than what it would be applied to."""
+
+
 class StoreFullError(StoreError):
     """The disk or quota of the store (or of the cache) is full. Nothing visible has changed."""
 

@@ -7,11 +7,17 @@ few versions used last are kept per model, older ones go.
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from trimtab.weights.backend import Backend
+from trimtab.weights.catalog import Catalog
+from trimtab.weights.chain import chain_of
+from trimtab.weights.delta_apply import Layer, rebuild
+from trimtab.weights.delta_file import DELTA_FILE, DeltaReader
 from trimtab.weights.errors import CorruptVersionError
-from trimtab.weights.folder import check_readable, verify_folder
+from trimtab.weights.folder import check_readable, verify_files, verify_folder
 from trimtab.weights.layout import STAGING, check_name, step_name, version_folder
 from trimtab.weights.manifest import Manifest
 from trimtab.weights.staging import discard, locked, staging_folder
@@ -31,21 +37,48 @@ def fetch(backend: Backend, manifest: Manifest, cache_dir: Path | None) -> Path:
 
     Raises CorruptVersionError if they are not what the manifest says, OSError.
     """
-    folder = backend.local_folder(files_path(manifest))
+    folder = _own_folder(backend, manifest)
     if folder is None:
         return _cached_copy(backend, manifest, cache_dir or default_cache_dir())
     verify_folder(folder, manifest)
     return folder
 
 
+def adopt(backend: Backend, manifest: Manifest, folder: Path, cache_dir: Path | None) -> None:
+    """Keeps a folder that was just published as the cached copy of its version, by links where it can. Raises OSError.
+
+    The next delta is compared with it; ``fetch`` verifies it like any copy.
+    """
+    if _own_folder(backend, manifest) is not None:
+        return
+    target, area = _cache_place(manifest, cache_dir or default_cache_dir())
+    with staging_folder(area) as copy:
+        for entry in manifest.plain.files:
+            path = copy / entry.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.hardlink_to((folder / entry.name).resolve())
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(folder / entry.name, path)
+        with locked(area):
+            if not target.exists():
+                copy.rename(target)
+    _forget_old_copies(target.parent, area)
+
+
+def _own_folder(backend: Backend, manifest: Manifest) -> Path | None:
+    """The folder in a local store that is the version as it is, None for a delta and for other stores."""
+    return backend.local_folder(files_path(manifest)) if manifest.kind == "full" else None
+
+
 def verify(backend: Backend, manifest: Manifest) -> None:
     """Reads every byte of the version in the store, through a temporary copy if it is not local. Raises like fetch."""
-    folder = backend.local_folder(files_path(manifest))
+    folder = _own_folder(backend, manifest)
     if folder is not None:
         verify_folder(folder, manifest)
         return
     with tempfile.TemporaryDirectory(prefix="trimtab-verify-") as copy:
-        _copy_files(backend, manifest, Path(copy))
+        _make_copy(backend, manifest, Path(copy), None)
 
 
 def pull(backend: Backend, manifest: Manifest, target: Path) -> None:
@@ -58,7 +91,7 @@ def pull(backend: Backend, manifest: Manifest, target: Path) -> None:
     area = target.parent / f".{target.name}{STAGING}"
     try:
         with staging_folder(area) as folder:
-            _copy_files(backend, manifest, folder)
+            _make_copy(backend, manifest, folder, None)
             folder.rename(target)
     finally:
         shutil.rmtree(area, ignore_errors=True)
@@ -76,35 +109,96 @@ def _cached_copy(backend: Backend, manifest: Manifest, cache_dir: Path) -> Path:
 
     Raises CorruptVersionError if the store's own files are not what the manifest says, OSError.
     """
-    version = manifest.version
-    model = cache_dir / check_name("run id", version.run_id) / check_name("model name", version.name)
-    target = model / f"{step_name(version.step)}-{version.digest.removeprefix('blake3:')[:16]}"
-    area = model / STAGING
+    target, area = _cache_place(manifest, cache_dir)
     if target.is_dir():
         try:
-            verify_folder(target, manifest)
+            verify_folder(target, manifest.plain)
         except CorruptVersionError:
             with locked(area):
                 if target.is_dir():
                     discard(area, target)
     if not target.is_dir():
         with staging_folder(area) as folder:
-            _copy_files(backend, manifest, folder)
+            _make_copy(backend, manifest, folder, cache_dir)
             with locked(area):
                 if not target.exists():
                     folder.rename(target)
-    os.utime(target)
-    with locked(area):
-        for old in sorted(_copies(model), key=lambda path: path.stat().st_mtime_ns)[:-KEPT_VERSIONS]:
-            discard(area, old)
+    _forget_old_copies(target.parent, area)
     return target
 
 
-def _copies(model: Path) -> list[Path]:
-    return [path for path in model.iterdir() if not path.name.startswith(".")]
+def _cache_place(manifest: Manifest, cache_dir: Path) -> tuple[Path, Path]:
+    """Where a version's copy lies in the cache, and its model's staging area."""
+    version = manifest.version
+    model = cache_dir / check_name("run id", version.run_id) / check_name("model name", version.name)
+    return model / f"{step_name(version.step)}-{version.digest.removeprefix('blake3:')[:16]}", model / STAGING
+
+
+def _forget_old_copies(model: Path, area: Path) -> None:
+    with locked(area):
+        copies = [path for path in model.iterdir() if not path.name.startswith(".")]
+        for old in sorted(copies, key=lambda path: path.stat().st_mtime_ns)[:-KEPT_VERSIONS]:
+            discard(area, old)
+
+
+def _make_copy(backend: Backend, manifest: Manifest, folder: Path, cache_dir: Path | None) -> None:
+    """Fills an empty folder with a version's plain files, verified; a delta is rebuilt, with what the cache has."""
+    if manifest.kind == "full":
+        _copy_files(backend, manifest, folder)
+        return
+    chain = chain_of(Catalog(backend), manifest)
+    if cache_dir is not None:
+        for position in range(len(chain) - 2, -1, -1):
+            base, _ = _cache_place(chain[position], cache_dir)
+            if base.is_dir():
+                try:
+                    _rebuild(backend, chain[position:], base, folder)
+                    os.utime(base)
+                    return
+                except (CorruptVersionError, FileNotFoundError):  # a damaged copy: begin with the store's own
+                    shutil.rmtree(folder)
+                    folder.mkdir()
+                    break
+    with tempfile.TemporaryDirectory(prefix=".base-", dir=folder) as scratch:
+        base = _own_folder(backend, chain[0])
+        if base is None:
+            base = Path(scratch) if cache_dir is None else fetch(backend, chain[0], cache_dir)
+            if cache_dir is None:
+                _copy_files(backend, chain[0], base)
+        _rebuild(backend, chain, base, folder)
+
+
+def _rebuild(backend: Backend, chain: list[Manifest], base: Path, folder: Path) -> None:
+    with layers_of(backend, chain[1:], folder) as layers:
+        rebuild(base, [entry.name for entry in chain[0].plain.files], layers, folder)
+    verify_folder(folder, chain[-1].plain)
+
+
+@contextmanager
+def layers_of(backend: Backend, deltas: list[Manifest], scratch: Path) -> Iterator[list[Layer]]:
+    """The deltas of a chain, verified and open; downloaded into ``scratch`` meanwhile if the store is not local.
+
+    Raises CorruptVersionError, OSError.
+    """
+    with ExitStack() as stack:
+        layers = []
+        for manifest in deltas:
+            own = backend.local_folder(files_path(manifest))
+            if own is None:
+                own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".delta-", dir=scratch)))
+                _download(backend, manifest, own)
+            verify_files(own, manifest)
+            delta = stack.enter_context(DeltaReader(own / DELTA_FILE, manifest.version))
+            layers.append(Layer(manifest, own, delta))
+        yield layers
 
 
 def _copy_files(backend: Backend, manifest: Manifest, folder: Path) -> None:
+    _download(backend, manifest, folder)
+    verify_folder(folder, manifest)
+
+
+def _download(backend: Backend, manifest: Manifest, folder: Path) -> None:
     check_readable(manifest)
     for entry in manifest.files:
         target = folder / entry.name
@@ -113,4 +207,3 @@ def _copy_files(backend: Backend, manifest: Manifest, folder: Path) -> None:
             backend.download(f"{files_path(manifest)}/{entry.name}", target)
         except FileNotFoundError as error:
             raise CorruptVersionError(f"{manifest.version}: {entry.name} is missing; publish it again") from error
-    verify_folder(folder, manifest)

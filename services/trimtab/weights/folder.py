@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from trimtab.weights.delta_file import DELTA_FILE
 from trimtab.weights.digests import SAFETENSORS, digest_file, folder_content_digest
 from trimtab.weights.errors import CorruptVersionError, InvalidNameError, RefusedFileError
 from trimtab.weights.layout import MANIFEST, check_file_name
@@ -39,6 +40,8 @@ def publishable_files(folder: Path) -> list[FileEntry]:
             check_file_name(name)
         except InvalidNameError as error:
             raise RefusedFileError(str(error)) from error
+        if name == DELTA_FILE:
+            raise RefusedFileError(f"{name} is a delta, not weights: publish a plain folder")
         if is_refused(name) or (not name.endswith(SAFETENSORS) and _looks_pickled(path)):
             raise RefusedFileError(
                 f"{name} is not safetensors: save with save_pretrained(..., safe_serialization=True) and remove it"
@@ -89,22 +92,34 @@ def verify_folder(folder: Path, manifest: Manifest) -> None:
 
     Raises CorruptVersionError naming the first file that is absent, foreign, of another size or of another digest.
     """
+    verify_files(folder, manifest)
+    where = str(manifest.version)
+    try:
+        digest = folder_content_digest(folder, [entry.name for entry in manifest.files])
+    except RefusedFileError as error:
+        raise CorruptVersionError(f"{where}: {error}") from error
+    if digest != manifest.version.digest:
+        raise CorruptVersionError(f"{where}: its content has digest {digest}, not {manifest.version.digest}")
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Reads every byte and returns if the folder holds exactly the manifest's files, whatever they mean.
+
+    Raises CorruptVersionError like ``verify_folder``.
+    """
     check_readable(manifest)
     where = str(manifest.version)
     expected = {entry.name for entry in manifest.files}
     try:
         present = set(file_names(folder)) if folder.is_dir() else set()
-        for name in sorted(expected - present):
-            raise CorruptVersionError(f"{where}: {name} is missing; publish it again")
-        for name in sorted(present - expected):
-            raise CorruptVersionError(f"{where}: {name} lies in its folder but is not part of the version; remove it")
-        for entry in manifest.files:
-            _verify_file(folder / entry.name, entry, where)
-        digest = folder_content_digest(folder, expected)
     except RefusedFileError as error:
         raise CorruptVersionError(f"{where}: {error}") from error
-    if digest != manifest.version.digest:
-        raise CorruptVersionError(f"{where}: its content has digest {digest}, not {manifest.version.digest}")
+    for name in sorted(expected - present):
+        raise CorruptVersionError(f"{where}: {name} is missing; publish it again")
+    for name in sorted(present - expected):
+        raise CorruptVersionError(f"{where}: {name} lies in its folder but is not part of the version; remove it")
+    for entry in manifest.files:
+        _verify_file(folder / entry.name, entry, where)
 
 
 def _verify_file(path: Path, entry: FileEntry, where: str) -> None:

@@ -3,7 +3,7 @@
 In memory a frozen dataclass; on disk ``manifest.json``, read through pydantic because it may come from anywhere.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -14,6 +14,7 @@ from trimtab.weights.layout import check_file_name, check_name, check_step
 from trimtab_client import ModelVersion
 
 FORMAT = 1
+DELTA_FORMAT = 2  # what a release that knows no deltas must refuse to read
 Kind = Literal["full", "delta"]
 Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
 
@@ -32,7 +33,8 @@ class Manifest:
     """One published version.
 
     ``version.digest`` is the digest of the content; ``files`` are sorted by name; ``parent`` names the version this
-    one was made from and, for ``kind`` 'delta', the one it is to be applied to; ``lineage`` says where it came from
+    one was made from. For ``kind`` 'delta' it is the one to apply it to, whose digest is ``parent_digest``, and
+    ``content`` are the files of the plain folder that comes out; ``lineage`` says where it came from
     (data, reward version…); ``metrics`` are numbers about it; ``files_folder`` is where the files lie relative to the
     manifest ('' beside it); ``lease_token`` is the lease under which it was to become current, 0 without; ``format`` is
     the number of this layout.
@@ -47,12 +49,21 @@ class Manifest:
     kind: Kind = "full"
     files_folder: str = ""
     lease_token: int = 0
+    parent_digest: str | None = None
+    content: tuple[FileEntry, ...] = ()
     format: int = FORMAT
 
     @property
     def size_bytes(self) -> int:
         """Size of all files together, without the manifest."""
         return sum(entry.size_bytes for entry in self.files)
+
+    @property
+    def plain(self) -> "Manifest":
+        """The same version as a plain folder has it: the files that a delta is rebuilt to."""
+        if self.kind == "full":
+            return self
+        return replace(self, kind="full", files=self.content, content=(), format=FORMAT)
 
     def to_json(self) -> bytes:
         """The bytes of manifest.json."""
@@ -69,7 +80,9 @@ class Manifest:
             metrics=self.metrics,
             files_folder=self.files_folder,
             lease_token=self.lease_token,
-            files=[_FileRecord(name=e.name, size_bytes=e.size_bytes, digest=e.digest) for e in self.files],
+            parent_digest=self.parent_digest,
+            files=_records(self.files),
+            content=_records(self.content),
         )
         return record.model_dump_json(indent=2).encode() + b"\n"
 
@@ -82,7 +95,7 @@ class Manifest:
         """
         try:
             record = _ManifestRecord.model_validate_json(data)
-            for entry in record.files:
+            for entry in (*record.files, *record.content):
                 check_file_name(entry.name)
             if record.files_folder:
                 check_name("files folder", record.files_folder)
@@ -95,13 +108,15 @@ class Manifest:
             raise CorruptVersionError(f"{where} is not a manifest: {place}: {first['msg']}") from error
         except InvalidNameError as error:
             raise CorruptVersionError(f"{where} is not a safe manifest: {error}") from error
-        if record.format > FORMAT:
+        if record.format > DELTA_FORMAT:
             raise CorruptVersionError(
-                f"{where} has format {record.format}, this release reads up to {FORMAT}: upgrade trimtab"
+                f"{where} has format {record.format}, this release reads up to {DELTA_FORMAT}: upgrade trimtab"
             )
+        if record.kind == "delta" and not (record.parent and record.parent_digest and record.content):
+            raise CorruptVersionError(f"{where} is not a manifest: a delta has a parent, its digest and a content")
         return cls(
             version=ModelVersion(run_id=record.run_id, name=record.name, step=record.step, digest=record.digest),
-            files=tuple(FileEntry(e.name, e.size_bytes, e.digest) for e in record.files),
+            files=_entries(record.files),
             created_at=record.created_at,
             parent=record.parent,
             lineage=record.lineage,
@@ -109,6 +124,8 @@ class Manifest:
             kind=record.kind,
             files_folder=record.files_folder,
             lease_token=record.lease_token,
+            parent_digest=record.parent_digest,
+            content=_entries(record.content),
             format=record.format,
         )
 
@@ -136,7 +153,17 @@ class _ManifestRecord(_Record):
     metrics: dict[str, float]
     files_folder: str = ""
     lease_token: int = Field(default=0, ge=0)
+    parent_digest: Digest | None = None
     files: list[_FileRecord] = Field(min_length=1)
+    content: list[_FileRecord] = []
+
+
+def _records(entries: tuple[FileEntry, ...]) -> list[_FileRecord]:
+    return [_FileRecord(name=e.name, size_bytes=e.size_bytes, digest=e.digest) for e in entries]
+
+
+def _entries(records: list[_FileRecord]) -> tuple[FileEntry, ...]:
+    return tuple(FileEntry(record.name, record.size_bytes, record.digest) for record in records)
 
 
 class Pointer(_Record):

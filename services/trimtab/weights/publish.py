@@ -8,6 +8,7 @@ Under a lease nothing takes effect once another holds it (lease.py says how). A 
 the pointer never reached is no version yet: the run may publish that step with other content, which replaces it.
 """
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ from pathlib import Path
 
 from trimtab.weights.backend import ChangedMeanwhileError, PointerMove, Staged
 from trimtab.weights.catalog import Catalog, Model
-from trimtab.weights.digests import folder_content_digest
+from trimtab.weights.chain import chain_of
+from trimtab.weights.delta_publish import Deltas, delta_on_current
+from trimtab.weights.digests import TensorDigest, content_digest, folder_digests
 from trimtab.weights.errors import LeaseLostError, StepOrderError, StoreUnavailableError, VersionConflictError
+from trimtab.weights.fetch import adopt
 from trimtab.weights.folder import publishable_files
 from trimtab.weights.layout import MANIFEST, POINTER, check_step, step_name
 from trimtab.weights.lease import Lease, refuse_if_held
@@ -39,6 +43,7 @@ class Publication:
     metrics: Mapping[str, float] = field(default_factory=dict)
     set_current: bool = True
     lease: Lease | None = None
+    deltas: Deltas | None = None
 
     def __post_init__(self) -> None:
         if self.lease is not None and self.lease.run_id != self.model.run_id:
@@ -51,15 +56,26 @@ def publish(catalog: Catalog, publication: Publication) -> Manifest:
     Raises RefusedFileError, VersionConflictError, StepOrderError, InvalidNameError, LeaseHeldError, LeaseLostError,
     OSError.
     """
-    backend, model = catalog.backend, publication.model
-    manifest = _describe(publication)
-    with _taking_effect(catalog, model, publication.lease):
-        known = _known(catalog, manifest, publication)
+    full, tensors = _describe(publication)
+    with _taking_effect(catalog, publication.model, publication.lease):
+        known = _known(catalog, full, publication)
     if known is not None:
         return known
+    if publication.deltas is None:
+        return _publish_folder(catalog, publication, publication.folder, full)
+    with tempfile.TemporaryDirectory(prefix="trimtab-delta-") as scratch:
+        delta = delta_on_current(catalog, full, tensors, publication.folder, publication.deltas, Path(scratch))
+        source = publication.folder if delta is None else Path(scratch)
+        published = _publish_folder(catalog, publication, source, delta or full)
+    adopt(catalog.backend, published, publication.folder, publication.deltas.cache_dir)
+    return published
+
+
+def _publish_folder(catalog: Catalog, publication: Publication, source: Path, manifest: Manifest) -> Manifest:
+    """Uploads a folder, the version's own or its delta's, and makes it a version."""
     with (
-        backend.stage(model.folder, publication.folder, manifest) as staged,
-        _taking_effect(catalog, model, publication.lease),
+        catalog.backend.stage(publication.model.folder, source, manifest) as staged,
+        _taking_effect(catalog, publication.model, publication.lease),
     ):
         replacing = _replaceable(catalog, manifest, publication)
         known = _known(catalog, manifest, publication)  # another publisher may have been faster
@@ -69,6 +85,8 @@ def publish(catalog: Catalog, publication: Publication) -> Manifest:
 def _commit(
     catalog: Catalog, staged: Staged, manifest: Manifest, publication: Publication, replacing: str | None
 ) -> Manifest:
+    if manifest.kind == "delta":
+        chain_of(catalog, manifest)  # nobody has pruned its parent meanwhile
     pointer = _moved(catalog, manifest, publication.lease) if publication.set_current else None
     try:
         return staged.commit(pointer, replacing)
@@ -96,13 +114,15 @@ def _taking_effect(catalog: Catalog, model: Model, lease: Lease | None) -> Itera
             yield
 
 
-def _describe(publication: Publication) -> Manifest:
+def _describe(publication: Publication) -> tuple[Manifest, list[TensorDigest]]:
+    """The manifest of a full version, and its tensors' identities."""
     check_step(publication.step)
     model = publication.model
     _ = model.folder  # refuses bad names before any file is read
     files = publishable_files(publication.folder)
-    digest = folder_content_digest(publication.folder, [entry.name for entry in files])
-    return Manifest(
+    tensors, others = folder_digests(publication.folder, [entry.name for entry in files])
+    digest = content_digest(tensors, others)
+    manifest = Manifest(
         version=ModelVersion(run_id=model.run_id, name=model.name, step=publication.step, digest=digest),
         files=tuple(files),
         created_at=datetime.now(UTC),
@@ -111,6 +131,7 @@ def _describe(publication: Publication) -> Manifest:
         metrics={name: float(value) for name, value in publication.metrics.items()},
         lease_token=publication.lease.token if publication.lease and publication.set_current else 0,
     )
+    return manifest, tensors
 
 
 def _known(catalog: Catalog, manifest: Manifest, publication: Publication) -> Manifest | None:

@@ -16,6 +16,9 @@ from trimtab.weights import fetch as fetching
 from trimtab.weights import lease as leases
 from trimtab.weights.backend import Backend, storage_errors
 from trimtab.weights.catalog import Catalog, Model
+from trimtab.weights.changes import Changes
+from trimtab.weights.changes import changes as changing
+from trimtab.weights.delta_publish import Deltas
 from trimtab.weights.errors import (
     CorruptVersionError,
     InvalidNameError,
@@ -74,16 +77,18 @@ class Store:
         parent: str | None = None,
         set_current: bool = True,
         lease: Lease | None = None,
+        deltas: Deltas | None = None,
     ) -> Manifest:
         """Publishes a folder of safetensors, config and tokenizer as run_id/name@step and makes it current.
 
-        The same content at the same step again is a no-op. Raises VersionConflictError for other content at a step
+        The same content at the same step again is a no-op. With ``deltas`` only what changed since the current
+        version goes into the store, where that is smaller. Raises VersionConflictError for other content at a step
         that is taken, StepOrderError for a step below the highest published, RefusedFileError for what is not to be
         published, InvalidNameError, StoreFullError (the version before stays current, nothing visible changed),
         LeaseLostError if ``lease`` is stale, LeaseHeldError without one while somebody holds the run's.
         """
         publication = Publication(
-            Path(folder), Model(run_id, name), step, parent, lineage or {}, metrics or {}, set_current, lease
+            Path(folder), Model(run_id, name), step, parent, lineage or {}, metrics or {}, set_current, lease, deltas
         )
         with self._doing("publishing to"):
             return publish(self._catalog, publication)
@@ -138,7 +143,8 @@ class Store:
     def fetch(self, version: ModelVersion | Manifest, cache_dir: Path | None = None) -> Path:
         """A local folder with the version's files, every byte verified; ``from_pretrained(folder)`` works on it.
 
-        In a local store it is the version's own folder: read it, never write to it. Else a copy in ``cache_dir``
+        In a local store a full version is its own folder: read it, never write to it. Else a copy, of a delta
+        rebuilt from its parent, in ``cache_dir``
         (default ``$TRIMTAB_CACHE`` or the user's cache folder), of which the last few per model are kept.
         Raises VersionNotFoundError, VersionConflictError if ``version`` carries another digest, CorruptVersionError,
         StoreFullError if the cache's disk is full.
@@ -150,6 +156,16 @@ class Store:
         except (CorruptVersionError, StoreUnavailableError):
             self._resolve(manifest)  # pruned while it was being read: then it is not found rather than corrupt
             raise
+
+    @contextmanager
+    def changes(self, served: ModelVersion, version: ModelVersion | Manifest) -> Iterator[Changes | None]:
+        """What turns ``served``, held in memory, into ``version``; None where only the whole folder will do.
+
+        Everything in it was verified. Raises like ``fetch``, ParentMissingError for a delta that came too early.
+        """
+        manifest = self._resolve(version)
+        with self._doing("reading changes in"), changing(self._backend, served, manifest) as found:
+            yield found
 
     def verify(self, version: ModelVersion | Manifest) -> Manifest:
         """Reads every byte of a version in the store (not of a cached copy) against its manifest and digest.

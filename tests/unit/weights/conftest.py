@@ -107,3 +107,17 @@ def s3_store(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.
     bucket = f"bucket-{abs(hash(request.node.name))}"
     s3fs.S3FileSystem().mkdir(bucket)
     return open_store(f"s3://{bucket}/store")
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)], capture_output=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip("mounting a small file system needs privileges that this user lacks")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)

@@ -7,10 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from trimtab.weights.errors import StoreFullError
 from trimtab.weights.store import Store, open_store
@@ -61,20 +59,6 @@ def test_kill_9_of_a_busy_publisher_leaves_whole_versions_only(make_folder: Make
             store.verify(manifest)
         current = store.current("r", "policy")
         assert current is not None and store.versions()[-1].version.step - current.version.step in (0, 1)
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)], capture_output=True, check=False
-    )
-    if made.returncode != 0:
-        pytest.skip("mounting a small file system needs privileges that this user lacks")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
 
 
 def test_a_full_disk_leaves_the_version_before_current(tiny_disk: Path, make_folder: MakeFolder) -> None:
