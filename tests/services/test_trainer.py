@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import trimtab.generator.service as generator_service
@@ -377,3 +378,21 @@ async def test_a_foreign_reward_tokenizer_is_refused_with_advice(make_tiny, tmp_
         await client.start("foreign", ppo_config(model, tmp_path, addresses, reward))
         status, _ = await finished(client, "foreign")
     assert status.state == "failed" and "score_text" in status.error
+
+
+async def test_a_model_in_half_precision_is_published_as_what_changed(make_tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    async with serving_trainer(tmp_path, full_version_every=3) as client:
+        config = sft_config(make_tiny("policy"), tmp_path, epochs=400)
+        config.stage.compute_dtype = "bfloat16"
+        config.stage.optimizer.learning_rate = 1e-6
+        await client.start("run", config)
+        for _ in range(4):
+            await client.checkpoint("run")
+        await client.stop("run")
+        await finished(client, "run")
+    store = open_store(str(tmp_path / "store"))
+    versions = store.versions("run", "policy")
+    assert [manifest.kind for manifest in versions[:4]] == ["full", "delta", "delta", "full"]
+    assert versions[1].size_bytes < 0.3 * versions[0].size_bytes
+    assert AutoModelForCausalLM.from_pretrained(store.fetch(versions[2], tmp_path / "cold")).dtype == torch.bfloat16

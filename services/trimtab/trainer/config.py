@@ -32,6 +32,11 @@ class TrainerConfig(ServiceConfig):
         description="How long the run of a trainer that is gone is closed to others.",
     )
     services: PeerConfig = Field(default=PeerConfig(), description="Credentials for the services that runs call.")
+    full_version_every: int = Field(
+        default=16,
+        ge=1,
+        description="Half-precision models are published as what changed, with a full version this often; 1: always.",
+    )
 
     @property
     def compute_threads(self) -> int:

@@ -15,6 +15,7 @@ from trimtab.trainer.metrics import MetricWriter, reported
 from trimtab.trainer.run import Run, RunState, StopRun
 from trimtab.trainer.run_record import RunFolder
 from trimtab.trainer.state import Checkpoints, TrainingState
+from trimtab.weights.delta_publish import Deltas
 from trimtab.weights.lease import Lease
 from trimtab.weights.sources import ResolvedSource, resolve_source
 from trimtab.weights.store import Store
@@ -34,6 +35,7 @@ class StageContext:
         threads: compute threads while the trainer alone works.
         keep_versions: newest versions of a run that stay in the store.
         services: TLS and token towards the services that a stage calls.
+        full_version_every: of so many versions one is full, the rest say what changed (half precision only).
     """
 
     run: Run
@@ -44,6 +46,7 @@ class StageContext:
     threads: int
     keep_versions: int
     services: ChannelOptions = field(default_factory=ChannelOptions)
+    full_version_every: int = 1
 
     def resolve(self, source: str) -> ResolvedSource:
         """A folder, hub id or "version:RUN/NAME[@STEP]" as a folder or id to load; a resumed run gets the same."""
@@ -108,10 +111,15 @@ class StageContext:
                 lineage=dict(lineage),
                 metrics=finite,
                 lease=self.lease,
+                deltas=self._deltas(model),
             )
         self.run.published(manifest.version)
         self.store.prune(run_id, name, keep_last=self.keep_versions)
         return manifest.version
+
+    def _deltas(self, model: Policy | ScalarModel) -> Deltas | None:
+        """None for float32, where a step changes nearly every element."""
+        return Deltas(self.full_version_every) if model.dtype in ("bfloat16", "float16") else None
 
     def end(self, state: RunState) -> None:
         """Note how the run ended; one that succeeded needs its checkpoints and journal no more."""

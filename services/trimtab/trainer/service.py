@@ -241,6 +241,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                     device=config.device,
                     threads=config.compute_threads,
                     keep_versions=config.keep_versions,
+                    full_version_every=config.full_version_every,
                     services=config.services.options(),
                 )
 
