@@ -81,6 +81,19 @@ async def test_another_config_under_a_known_run_id_is_refused_with_the_field(mak
             await client.start("run", reward_config(model, tmp_path))
 
 
+async def test_a_run_that_failed_before_its_first_step_may_start_with_its_mistake_put_right(make_tiny, tmp_path):
+    config = sft_config(make_tiny("policy"), tmp_path)
+    wrong = trainer_pb2.SftConfig()
+    wrong.CopyFrom(config)
+    wrong.data = str(tmp_path / "nowhere.jsonl")
+    async with serving_trainer(tmp_path) as client:
+        await client.start("run", wrong)
+        assert (await finished(client, "run"))[0].state == "failed"
+        await client.start("run", config)
+        status, _ = await finished(client, "run")
+    assert status.state == "succeeded", status.error
+
+
 async def test_a_run_that_has_succeeded_is_not_run_again(make_tiny, tmp_path):
     config = sft_config(make_tiny("policy"), tmp_path)
     async with serving_trainer(tmp_path) as client:

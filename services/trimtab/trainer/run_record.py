@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from trimtab.trainer.durable import read_json, write_json
+from trimtab.trainer.durable import RunLockedError, held, read_json, write_json
 from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.stages import Stage, parse_stage
 
@@ -97,6 +97,21 @@ class RunFolder:
             raise ValueError(f"{self.folder}: a run of format {row['format']}; this trimtab reads {FORMAT}")
         stage = parse_stage(row["kind"], row["config"])
         return RunRecord(row["kind"], stage, row["sources"], row["data"], row["owner"])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step was taken and no experience kept: such a run may begin anew with another config."""
+        files = (self.folder.parent / "metrics.jsonl", self.journal)
+        return not self.checkpoints.exists() and not any(file.exists() and file.stat().st_size for file in files)
+
+    def discard(self) -> bool:
+        """Forget a run that is empty; False where another process works on it."""
+        try:
+            with held(self.lock):
+                (self.folder / "run.json").unlink(missing_ok=True)
+        except RunLockedError:
+            return False
+        return True
 
     def begin(self, kind: str, stage: Stage) -> RunRecord:
         """Note that a run starts here, or goes on: it has no outcome any more."""

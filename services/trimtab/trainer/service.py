@@ -23,7 +23,7 @@ from trimtab.trainer.durable import held
 from trimtab.trainer.ppo.loop import run_ppo
 from trimtab.trainer.reward_model import run_reward_model
 from trimtab.trainer.run import Run, RunFailedError, RunSnapshot, RunState, StepMetrics, StopRun
-from trimtab.trainer.run_record import OtherConfigError, RunFolder
+from trimtab.trainer.run_record import OtherConfigError, RunFolder, RunRecord
 from trimtab.trainer.sft import run_sft
 from trimtab.trainer.stages import Stage, StageConfigError, stage_from_proto
 from trimtab.weights.layout import check_name
@@ -69,6 +69,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self._store = store
         self._draining = draining
         self._runs: dict[str, Run] = {}
+        self._records: dict[str, RunRecord] = {}
+        self._starting = asyncio.Lock()
         self._thread: threading.Thread | None = None
 
     async def Start(
@@ -82,18 +84,10 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             stage = stage_from_proto(kind, getattr(request, kind))
         except StageConfigError as error:
             raise invalid(f"{kind}.{error.field}", error.reason) from error
-        known = self._known(request.run_id, kind, stage)
-        if known is not None:
-            return trainer_pb2.StartResponse(status=status_proto(known.snapshot))
-        for run_id, run in self._runs.items():
-            if not run.snapshot.state.finished:
-                raise precondition(f"run {run_id} is still going; one run at a time: wait for it or stop it")
-        run = Run(request.run_id, STAGE_NAMES[kind])
-        self._runs.pop(request.run_id, None)  # the newest comes last
-        self._runs[request.run_id] = run
-        work = (run, kind, stage, self._thread)
-        self._thread = threading.Thread(target=self._work, args=work, name=f"run-{request.run_id}")
-        self._thread.start()
+        async with self._starting:
+            run = await asyncio.to_thread(self._known, request.run_id, kind, stage) or self._begin(
+                request.run_id, kind, stage
+            )
         return trainer_pb2.StartResponse(status=status_proto(run.snapshot))
 
     async def Status(
@@ -176,18 +170,35 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         ALREADY_EXISTS where it has another config.
         """
         folder = RunFolder(self._config.folder / run_id)
+        run = self._runs.get(run_id)
+        if (run is None or run.snapshot.state is RunState.FAILED) and folder.is_empty and folder.discard():
+            return None  # none yet, or it failed before its first step: a wrong path, say
         try:
-            record = folder.record()
+            record = self._records.get(run_id) or folder.record()
             if record is not None:
                 record.check_same(run_id, kind, stage)
         except OtherConfigError as error:
             raise ServiceError(grpc.StatusCode.ALREADY_EXISTS, str(error), field=error.field) from error
-        run = self._runs.get(run_id)
+        except ValueError as error:
+            raise precondition(f"{folder.folder} cannot be read ({error}); take another run id") from error
         if run is not None and (not run.snapshot.state.finished or run.snapshot.state is RunState.SUCCEEDED):
             return run
         if record is None or not folder.succeeded():
             return None
         run = self._runs[run_id] = recall_run(run_id, STAGE_NAMES[kind], self._config.folder / run_id, self._store)
+        return run
+
+    def _begin(self, run_id: str, kind: str, stage: Stage) -> Run:
+        """Start a thread that runs the stage. FAILED_PRECONDITION while another run is going."""
+        for other, run in self._runs.items():
+            if not run.snapshot.state.finished:
+                raise precondition(f"run {other} is still going; one run at a time: wait for it or stop it")
+        run = Run(run_id, STAGE_NAMES[kind])
+        self._runs.pop(run_id, None)  # the newest comes last
+        self._runs[run_id], self._records[run_id] = run, RunRecord(kind, stage)
+        work = (run, kind, stage, self._thread)
+        self._thread = threading.Thread(target=self._work, args=work, name=f"run-{run_id}")
+        self._thread.start()
         return run
 
     def _find(self, run_id: str) -> Run:
