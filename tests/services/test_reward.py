@@ -6,12 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import grpc
-import grpc.aio
 import numpy as np
 import pytest
 import torch
@@ -19,53 +16,15 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.services.reward_room import field_of, refusal, serving
 from trimtab.reward.config import RewardConfig
-from trimtab.reward.service import LABEL, SERVICES, load
 from trimtab.runtime.config import RequestLimits
 from trimtab.runtime.errors import StartError
-from trimtab.runtime.server import RunningServer
 from trimtab.weights.store import open_store
 from trimtab_client.ragged import RaggedTokens, decode_floats
-from trimtab_client.v1 import model_pb2, model_pb2_grpc, reward_pb2, reward_pb2_grpc, tokens_pb2
+from trimtab_client.v1 import model_pb2, reward_pb2, tokens_pb2
 
-TIMEOUT_S = 30
 SEQUENCES = [[0, 7, 9, 12], [0, 5], [0, *range(5, 45)], [0, 30, 31, 32, 33, 34, 1]]
-
-
-class Peer:
-    """A running reward server and stubs that speak to it."""
-
-    def __init__(self, server: RunningServer, channel: grpc.aio.Channel) -> None:
-        self.server = server
-        self.stub = reward_pb2_grpc.RewardServiceStub(channel)
-        self.models = model_pb2_grpc.ModelServiceStub(channel)
-
-    async def info(self) -> model_pb2.ModelInfo:
-        return (await self.models.GetModel(model_pb2.GetModelRequest(), timeout=TIMEOUT_S)).model
-
-    async def send(self, *, within_s: float = TIMEOUT_S, **fields) -> reward_pb2.ScoreResponse:
-        return await self.stub.Score(reward_pb2.ScoreRequest(**fields), timeout=within_s)
-
-    async def batch(self, sequences: list[list[int]]) -> reward_pb2.TokenBatch:
-        tokens = RaggedTokens.from_sequences(sequences).to_proto()
-        return reward_pb2.TokenBatch(tokens=tokens, tokenizer_digest=(await self.info()).tokenizer_digest)
-
-    async def score(self, sequences: list[list[int]], **fields) -> np.ndarray:
-        return decode_floats((await self.send(tokens=await self.batch(sequences), **fields)).scores)
-
-    async def load(self, version: model_pb2.ModelVersion) -> model_pb2.ModelInfo:
-        request = model_pb2.LoadVersionRequest(version=version)
-        return (await self.models.LoadVersion(request, timeout=TIMEOUT_S)).model
-
-
-@asynccontextmanager
-async def serving(folder: Path | str, **settings) -> AsyncIterator[Peer]:
-    config = RewardConfig(**{"port": 0, "metrics_port": None, "threads": 1, "model": str(folder), **settings})
-    async with (
-        RunningServer(LABEL, config, services=SERVICES, load=load) as server,
-        grpc.aio.insecure_channel(server.address) as channel,
-    ):
-        yield Peer(server, channel)
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +43,6 @@ def own_forward(folder) -> Callable[[list[int]], float]:
             return float(model.score(hidden)[0, -1, 0])
 
     return score
-
-
-async def refusal(call) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return caught.value
-
-
-def field_of(error: grpc.aio.AioRpcError) -> str:
-    status = status_pb2.Status.FromString(dict(error.trailing_metadata() or ())["grpc-status-details-bin"])
-    bad = error_details_pb2.BadRequest()
-    status.details[0].Unpack(bad)
-    return bad.field_violations[0].field
 
 
 async def test_scores_equal_transformers_own_forward(folder, own_forward):

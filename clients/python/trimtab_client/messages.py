@@ -92,16 +92,29 @@ class Completion:
 
 
 @dataclass(frozen=True, eq=False)
+class PartScores:
+    """One scorer's share of a weighted sum, which adds weight · scores [B] of each."""
+
+    scorer: str
+    weight: float
+    scores: np.ndarray
+    version: ModelVersion
+
+
+@dataclass(frozen=True, eq=False)
 class Scores:
     """Scores of a batch, float32 [B]: raw, and normalised by the version's mean and deviation.
 
-    `truncated` holds the positions of sequences that were cut, where the caller allowed it.
+    `truncated` holds the positions of sequences that were cut, where the caller allowed it. `scorer` is the one that
+    answered, `parts` what it is made of where it is a weighted sum.
     """
 
     scores: np.ndarray
     normalized_scores: np.ndarray
     version: ModelVersion
     truncated: tuple[int, ...] = ()
+    scorer: str = ""
+    parts: tuple[PartScores, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +129,33 @@ class LogProbs:
     entropy: RaggedFloats | None
     hidden: np.ndarray | None
     version: ModelVersion
+
+
+@dataclass(frozen=True)
+class ScorerInfo:
+    """One scorer of a reward server; see model.proto. `kind` is model, sum, length, regex, answer or function."""
+
+    name: str
+    kind: str
+    version: ModelVersion
+    tokenizer_digest: str
+    max_length: int
+    needs_reference: bool
+    timeout_s: float
+    weights: Mapping[str, float]
+
+    @classmethod
+    def from_proto(cls, message: model_pb2.ScorerInfo) -> ScorerInfo:
+        return cls(
+            name=message.name,
+            kind=message.kind,
+            version=ModelVersion.from_proto(message.version),
+            tokenizer_digest=message.tokenizer_digest,
+            max_length=message.max_length,
+            needs_reference=message.needs_reference,
+            timeout_s=message.timeout_s,
+            weights=dict(message.weights),
+        )
 
 
 @dataclass(frozen=True)
@@ -134,6 +174,7 @@ class ModelInfo:
     max_sequences: int
     max_tokens: int
     max_hidden_tokens: int = 0
+    scorers: tuple[ScorerInfo, ...] = ()
 
     @classmethod
     def from_proto(cls, message: model_pb2.ModelInfo) -> ModelInfo:
@@ -150,6 +191,7 @@ class ModelInfo:
             max_sequences=message.max_sequences,
             max_tokens=message.max_tokens,
             max_hidden_tokens=message.max_hidden_tokens,
+            scorers=tuple(ScorerInfo.from_proto(scorer) for scorer in message.scorers),
         )
 
 

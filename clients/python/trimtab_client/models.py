@@ -42,10 +42,12 @@ def get_model() -> Call[ModelInfo]:
     return Call(stub, "GetModel", request, lambda answer: ModelInfo.from_proto(answer.model))
 
 
-def load_version(version: ModelVersion) -> Call[ModelInfo]:
+def load_version(version: ModelVersion, scorer: str = "") -> Call[ModelInfo]:
     """The LoadVersion call; loading what is served already changes nothing, so it may be repeated."""
-    stub, request = model_pb2_grpc.ModelServiceStub, model_pb2.LoadVersionRequest(version=version.to_proto())
-    return Call(stub, "LoadVersion", request, lambda answer: ModelInfo.from_proto(answer.model))
+    request = model_pb2.LoadVersionRequest(version=version.to_proto(), scorer=scorer)
+    return Call(
+        model_pb2_grpc.ModelServiceStub, "LoadVersion", request, lambda answer: ModelInfo.from_proto(answer.model)
+    )
 
 
 class Client:
@@ -105,9 +107,12 @@ class ModelClient(Client):
         """What one of the addresses serves now."""
         return self._limits.note(self._transport.unary(get_model(), timeout_s))
 
-    def load_version(self, version: ModelVersion, timeout_s: float | None = None) -> ModelInfo:
-        """Make every address serve a published version; returns once all do."""
-        return self._limits.note(self._transport.everywhere(load_version(version), timeout_s)[0])
+    def load_version(self, version: ModelVersion, timeout_s: float | None = None, *, scorer: str = "") -> ModelInfo:
+        """Make every address serve a published version; returns once all do.
+
+        `scorer`: which model of a reward server; empty: its default one.
+        """
+        return self._limits.note(self._transport.everywhere(load_version(version, scorer), timeout_s)[0])
 
 
 class AsyncModelClient(AsyncClient):
@@ -121,6 +126,11 @@ class AsyncModelClient(AsyncClient):
         """What one of the addresses serves now."""
         return self._limits.note(await self._transport.unary(get_model(), timeout_s))
 
-    async def load_version(self, version: ModelVersion, timeout_s: float | None = None) -> ModelInfo:
-        """Make every address serve a published version; returns once all do."""
-        return self._limits.note((await self._transport.everywhere(load_version(version), timeout_s))[0])
+    async def load_version(
+        self, version: ModelVersion, timeout_s: float | None = None, *, scorer: str = ""
+    ) -> ModelInfo:
+        """Make every address serve a published version; returns once all do.
+
+        `scorer`: which model of a reward server; empty: its default one.
+        """
+        return self._limits.note((await self._transport.everywhere(load_version(version, scorer), timeout_s))[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from trimtab_client.calls import Call, Program
 from trimtab_client.conversations import ChatMessage, chat_tokens, conversation_to_proto, text_tokens
 from trimtab_client.errors import contradiction
-from trimtab_client.messages import ModelInfo, Scores
+from trimtab_client.messages import ModelInfo, PartScores, Scores
 from trimtab_client.models import AsyncModelClient, ModelClient, ServedLimits
 from trimtab_client.ragged import RaggedTokens, decode_floats
 from trimtab_client.splitting import consecutive, in_parts, split_tokens, starts
@@ -18,47 +19,66 @@ from trimtab_client.v1 import reward_pb2, reward_pb2_grpc
 from trimtab_client.versions import ModelVersion, VersionPin, pin_to_proto
 
 
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What every form of the call may say; the field comments of reward.proto say more."""
+
+    truncate: bool = False
+    scorer: str = ""
+    deterministic: bool = False
+    references: Sequence[str] | None = None
+
+
 def tokens_program(
-    limits: ServedLimits, tokens: RaggedTokens, tokenizer_digest: str, pin: VersionPin | None, truncate: bool
+    limits: ServedLimits, tokens: RaggedTokens, tokenizer_digest: str, pin: VersionPin | None, options: ScoreOptions
 ) -> Program[Scores]:
     """Scores of token ids."""
+    references = checked_references(options, tokens.batch_size)
 
     def split(info: ModelInfo, pin: VersionPin | None) -> list[Call[Scores]]:
-        return [
-            _score(part.batch_size, truncate, pin, tokens=_token_batch(part, tokenizer_digest))
-            for part in split_tokens(tokens, info)
-        ]
+        calls, begin = [], 0
+        for part in split_tokens(tokens, info):
+            own = references[begin : begin + part.batch_size]
+            begin += part.batch_size
+            batch = reward_pb2.TokenBatch(tokens=part.to_proto(), tokenizer_digest=tokenizer_digest, references=own)
+            calls.append(_score(part.batch_size, options, pin, tokens=batch))
+        return calls
 
     return merge_scores((yield from in_parts(limits, pin, split)))
 
 
 def texts_program(
-    limits: ServedLimits, pairs: Sequence[tuple[str, str]], pin: VersionPin | None, truncate: bool
+    limits: ServedLimits, pairs: Sequence[tuple[str, str]], pin: VersionPin | None, options: ScoreOptions
 ) -> Program[Scores]:
     """Scores of (prompt, response) pairs."""
-    items = [reward_pb2.TextPair(prompt=prompt, response=response) for prompt, response in pairs]
+    references = checked_references(options, len(pairs)) or [""] * len(pairs)
+    items = [
+        reward_pb2.TextPair(prompt=prompt, response=response, reference=reference)
+        for (prompt, response), reference in zip(pairs, references, strict=True)
+    ]
 
     def split(info: ModelInfo, pin: VersionPin | None) -> list[Call[Scores]]:
         sizes = [text_tokens(prompt) + text_tokens(response) for prompt, response in pairs]
         parts = [items[run] for run in consecutive(sizes, info.max_sequences, info.max_tokens)]
-        return [_score(len(part), truncate, pin, texts=reward_pb2.TextBatch(items=part)) for part in parts]
+        return [_score(len(part), options, pin, texts=reward_pb2.TextBatch(items=part)) for part in parts]
 
     return merge_scores((yield from in_parts(limits, pin, split)))
 
 
 def chats_program(
-    limits: ServedLimits, conversations: Sequence[Sequence[ChatMessage]], pin: VersionPin | None, truncate: bool
+    limits: ServedLimits, conversations: Sequence[Sequence[ChatMessage]], pin: VersionPin | None, options: ScoreOptions
 ) -> Program[Scores]:
     """Scores of conversations."""
+    references = checked_references(options, len(conversations))
     items = [conversation_to_proto(messages) for messages in conversations]
 
     def split(info: ModelInfo, pin: VersionPin | None) -> list[Call[Scores]]:
         sizes = [chat_tokens(messages) for messages in conversations]
-        parts = [items[run] for run in consecutive(sizes, info.max_sequences, info.max_tokens)]
-        return [
-            _score(len(part), truncate, pin, conversations=reward_pb2.ConversationBatch(conversations=part))
-            for part in parts
-        ]
+        calls = []
+        for run in consecutive(sizes, info.max_sequences, info.max_tokens):
+            batch = reward_pb2.ConversationBatch(conversations=items[run], references=references[run])
+            calls.append(_score(len(items[run]), options, pin, conversations=batch))
+        return calls
 
     return merge_scores((yield from in_parts(limits, pin, split)))
 
@@ -71,29 +91,51 @@ def merge_scores(parts: Sequence[Scores]) -> Scores:
         normalized_scores=np.concatenate([part.normalized_scores for part in parts]),
         version=parts[0].version,
         truncated=tuple(begin + i for begin, part in zip(begins, parts, strict=True) for i in part.truncated),
+        scorer=parts[0].scorer,
+        parts=tuple(
+            replace(pieces[0], scores=np.concatenate([piece.scores for piece in pieces]))
+            for pieces in zip(*(part.parts for part in parts), strict=True)
+        ),
     )
 
 
-def _token_batch(tokens: RaggedTokens, tokenizer_digest: str) -> reward_pb2.TokenBatch:
-    return reward_pb2.TokenBatch(tokens=tokens.to_proto(), tokenizer_digest=tokenizer_digest)
+def checked_references(options: ScoreOptions, count: int) -> list[str]:
+    """The references, or none; ValueError unless there is one a sequence."""
+    found = list(options.references or ())
+    if found and len(found) != count:
+        raise ValueError(f"references: {len(found)} for {count} sequences")
+    return found
 
 
-def _score(count: int, truncate: bool, pin: VersionPin | None, **batch: Any) -> Call[Scores]:
+def _score(count: int, options: ScoreOptions, pin: VersionPin | None, **batch: Any) -> Call[Scores]:
     def parse(answer: reward_pb2.ScoreResponse) -> Scores:
         scores = decode_floats(answer.scores, "scores")
         normalized_scores = decode_floats(answer.normalized_scores, "normalized_scores")
         if len(scores) != count or len(normalized_scores) != count:
             raise contradiction(f"{len(scores)} scores and {len(normalized_scores)} normalised for {count} sequences")
-        return Scores(scores, normalized_scores, ModelVersion.from_proto(answer.version), tuple(answer.truncated))
+        parts = tuple(
+            PartScores(part.scorer, part.weight, decode_floats(part.scores), ModelVersion.from_proto(part.version))
+            for part in answer.parts
+        )
+        version = ModelVersion.from_proto(answer.version)
+        return Scores(scores, normalized_scores, version, tuple(answer.truncated), answer.scorer, parts)
 
-    request = reward_pb2.ScoreRequest(version=pin_to_proto(pin), truncate=truncate, **batch)
+    request = reward_pb2.ScoreRequest(
+        version=pin_to_proto(pin),
+        truncate=options.truncate,
+        scorer=options.scorer,
+        deterministic=options.deterministic,
+        **batch,
+    )
     return Call(reward_pb2_grpc.RewardServiceStub, "Score", request, parse)
 
 
 class RewardClient(ModelClient):
     """Scores sequences; batches beyond the server's limits are split over the addresses.
 
-    `truncate` cuts sequences that are too long at their end instead of refusing them.
+    `truncate` cuts sequences that are too long at their end instead of refusing them. `scorer` names one of those of
+    the server (`get_model().scorers`; empty: its default one). `deterministic` asks for scores that are bitwise the
+    same in any company. `references`, one a sequence, are what a verifier compares the responses with.
     """
 
     def score_tokens(
@@ -103,9 +145,15 @@ class RewardClient(ModelClient):
         version: VersionPin | None = None,
         truncate: bool = False,
         timeout_s: float | None = None,
+        *,
+        scorer: str = "",
+        deterministic: bool = False,
+        references: Sequence[str] | None = None,
     ) -> Scores:
         """Score token ids made by the tokenizer with that digest; scores [B] in the batch's order."""
-        return self._transport.run(tokens_program(self._limits, tokens, tokenizer_digest, version, truncate), timeout_s)
+        options = ScoreOptions(truncate, scorer, deterministic, references)
+        program = tokens_program(self._limits, tokens, tokenizer_digest, version, options)
+        return self._transport.run(program, timeout_s)
 
     def score_texts(
         self,
@@ -113,9 +161,15 @@ class RewardClient(ModelClient):
         version: VersionPin | None = None,
         truncate: bool = False,
         timeout_s: float | None = None,
+        *,
+        scorer: str = "",
+        deterministic: bool = False,
+        references: Sequence[str] | None = None,
     ) -> Scores:
         """Score (prompt, response) texts by the server's own tokenizer."""
-        return self._transport.run(texts_program(self._limits, pairs, version, truncate), timeout_s)
+        options = ScoreOptions(truncate, scorer, deterministic, references)
+        program = texts_program(self._limits, pairs, version, options)
+        return self._transport.run(program, timeout_s)
 
     def score_chats(
         self,
@@ -123,15 +177,23 @@ class RewardClient(ModelClient):
         version: VersionPin | None = None,
         truncate: bool = False,
         timeout_s: float | None = None,
+        *,
+        scorer: str = "",
+        deterministic: bool = False,
+        references: Sequence[str] | None = None,
     ) -> Scores:
         """Score conversations through the server's own chat template."""
-        return self._transport.run(chats_program(self._limits, conversations, version, truncate), timeout_s)
+        options = ScoreOptions(truncate, scorer, deterministic, references)
+        program = chats_program(self._limits, conversations, version, options)
+        return self._transport.run(program, timeout_s)
 
 
 class AsyncRewardClient(AsyncModelClient):
     """Scores sequences; batches beyond the server's limits are split over the addresses.
 
-    `truncate` cuts sequences that are too long at their end instead of refusing them.
+    `truncate` cuts sequences that are too long at their end instead of refusing them. `scorer` names one of those of
+    the server (`get_model().scorers`; empty: its default one). `deterministic` asks for scores that are bitwise the
+    same in any company. `references`, one a sequence, are what a verifier compares the responses with.
     """
 
     async def score_tokens(
@@ -141,11 +203,15 @@ class AsyncRewardClient(AsyncModelClient):
         version: VersionPin | None = None,
         truncate: bool = False,
         timeout_s: float | None = None,
+        *,
+        scorer: str = "",
+        deterministic: bool = False,
+        references: Sequence[str] | None = None,
     ) -> Scores:
         """Score token ids made by the tokenizer with that digest; scores [B] in the batch's order."""
-        return await self._transport.run(
-            tokens_program(self._limits, tokens, tokenizer_digest, version, truncate), timeout_s
-        )
+        options = ScoreOptions(truncate, scorer, deterministic, references)
+        program = tokens_program(self._limits, tokens, tokenizer_digest, version, options)
+        return await self._transport.run(program, timeout_s)
 
     async def score_texts(
         self,
@@ -153,9 +219,15 @@ class AsyncRewardClient(AsyncModelClient):
         version: VersionPin | None = None,
         truncate: bool = False,
         timeout_s: float | None = None,
+        *,
+        scorer: str = "",
+        deterministic: bool = False,
+        references: Sequence[str] | None = None,
     ) -> Scores:
         """Score (prompt, response) texts by the server's own tokenizer."""
-        return await self._transport.run(texts_program(self._limits, pairs, version, truncate), timeout_s)
+        options = ScoreOptions(truncate, scorer, deterministic, references)
+        program = texts_program(self._limits, pairs, version, options)
+        return await self._transport.run(program, timeout_s)
 
     async def score_chats(
         self,
@@ -163,6 +235,12 @@ class AsyncRewardClient(AsyncModelClient):
         version: VersionPin | None = None,
         truncate: bool = False,
         timeout_s: float | None = None,
+        *,
+        scorer: str = "",
+        deterministic: bool = False,
+        references: Sequence[str] | None = None,
     ) -> Scores:
         """Score conversations through the server's own chat template."""
-        return await self._transport.run(chats_program(self._limits, conversations, version, truncate), timeout_s)
+        options = ScoreOptions(truncate, scorer, deterministic, references)
+        program = chats_program(self._limits, conversations, version, options)
+        return await self._transport.run(program, timeout_s)

@@ -20,11 +20,15 @@ def score(
         Path | None,
         typer.Option(
             help='JSONL rows {"prompt", "response"}, {"messages", "response"} or {"messages"} with the answer at their '
-            "end; - is stdin."
+            'end, with a "reference" for verifiers; - is stdin.'
         ),
     ] = None,
     address: Annotated[str, typer.Option(help="HOST:PORT of the service; several by commas.")] = "127.0.0.1:7102",
     chat: Annotated[bool, typer.Option("--chat", help="Send --prompt as a chat message of a user.")] = False,
+    scorer: Annotated[str, typer.Option(help="Which of the server's scorers; none: its default one.")] = "",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Bitwise the same scores in any company, at a lower rate.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON row a response.")] = False,
     tls: TlsFlag = False,
     tls_ca: TlsCa = None,
@@ -42,11 +46,17 @@ def score(
     if any(chats) and not all(chats):
         raise CommandError('either all rows have "messages" or none has')
     options = channel_options(address, tls, tls_ca, tls_cert, tls_key, token_file)
+    references = [str(row.get("reference", "")) for row in rows]
+    asks: dict[str, Any] = {
+        "scorer": scorer,
+        "deterministic": deterministic,
+        "references": references if any(references) else None,
+    }
     with RewardClient(address, options) as client:
         if all(chats):
-            scores = client.score_chats([_conversation(row) for row in rows])
+            scores = client.score_chats([_conversation(row) for row in rows], **asks)
         else:
-            scores = client.score_texts([_pair(row) for row in rows])
+            scores = client.score_texts([_pair(row) for row in rows], **asks)
     for row, raw, normalized in zip(rows, scores.scores, scores.normalized_scores, strict=True):
         if as_json:
             result = {**row, "score": float(raw), "normalized_score": float(normalized), "version": str(scores.version)}

@@ -107,7 +107,7 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
         temperature = request.temperature or 1.0
         if not (math.isfinite(temperature) and temperature > 0):
             raise invalid("temperature", f"{temperature} is not a positive number")
-        tokens = read_tokens(request.tokens)
+        tokens = read_tokens(request.tokens, self._limits)
         check_tokenizer_digest(request.tokenizer_digest, policy.tokenizer_digest)
         check_sequences(tokens, self._limits, policy.vocab_size, served.info.max_length)
         prompt_lengths_B = check_prompt_lengths(tokens)

@@ -24,7 +24,8 @@ TextEncoding = Literal["auto", "trained", "plain"]
 class Scorer:
     """A `ScalarModel` with the encoding its scores were made for.
 
-    `deterministic` runs a forward for each sequence, so that not one bit depends on the company.
+    `deterministic` is what calls get that do not ask for it: a forward for each sequence, so that not one bit depends
+    on the company.
 
     Raises ModelLoadError where the normalisation constants cannot normalise.
     """
@@ -72,9 +73,12 @@ class Scorer:
             return np.concatenate([head, reply, self.end_token_ids])
         return encode_chat(tokenizer, messages, add_generation_prompt=False)
 
-    def score(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
-        """Raw scores float32 [B], read at each sequence's last token, finite or not. Device thread only."""
-        groups = [[sequence] for sequence in sequences] if self.deterministic else [sequences]
+    def score(self, sequences: Sequence[np.ndarray], *, alone: bool = False) -> np.ndarray:
+        """Raw scores float32 [B], read at each sequence's last token, finite or not. Device thread only.
+
+        With `alone` each sequence has a forward of its own.
+        """
+        groups = [[sequence] for sequence in sequences] if alone else [sequences]
         with torch.inference_mode():
             parts = [self.model.last_token_scores(pack(group, self.model.device)).float().cpu() for group in groups]
         return torch.cat(parts).numpy()

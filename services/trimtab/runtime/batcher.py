@@ -113,17 +113,15 @@ class Batcher(Generic[Item, Result]):
         order_s = deadline if deadline is not None else time.monotonic() + PATIENCE_S
         entry = _Waiting(order_s, next(self._numbers), item, size_tokens, deadline, future)
         heapq.heappush(self._heap, entry)
-        self._waiting += 1
+        self._count(1)
         future.add_done_callback(lambda _: self._left(entry))
-        self._report_depth()
         return future
 
     def _left(self, entry: _Waiting[Item, Result]) -> None:
         """Count an entry out of the queue, once: taken for the device, cancelled, expired or refused."""
         if entry.in_queue:
             entry.in_queue = False
-            self._waiting -= 1
-            self._report_depth()
+            self._count(-1)
 
     async def _run(self) -> None:
         await asyncio.sleep(0)  # calls that arrived in the same turn of the loop join the first batch
@@ -169,6 +167,7 @@ class Batcher(Generic[Item, Result]):
             tokens += entry.size_tokens
         return sorted(batch, key=lambda entry: entry.size_tokens)
 
-    def _report_depth(self) -> None:
+    def _count(self, change: int) -> None:
+        self._waiting += change
         if self._metrics is not None:
-            self._metrics.queue_depth.set(self._waiting)
+            self._metrics.queue_depth.inc(change)  # of all batchers of the process

@@ -21,6 +21,7 @@ from trimtab.runtime.errors import ServiceError, abort, as_service_error, exhaus
 from trimtab.runtime.logs import get_logger
 from trimtab.runtime.metrics import Metrics
 from trimtab.runtime.roles import PUBLIC, rule_of
+from trimtab.runtime.wire_faults import fault_in
 
 log = get_logger(__name__)
 
@@ -67,7 +68,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         rule = rule_of(method)
         if rule is not None and rule.needs == PUBLIC:
-            return await continuation(handler_call_details)
+            return _public(await continuation(handler_call_details), method)
         if self.refusal is not None:
             return grpc.unary_unary_rpc_method_handler(self._refusing(method, self.refusal))
         handler: Any = await continuation(handler_call_details)
@@ -81,7 +82,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             behaviour = self._stream(handler.unary_stream, method, parse)
             return grpc.unary_stream_rpc_method_handler(behaviour, None, serialize)
         if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(self._both(handler.stream_stream, method), parse, serialize)
+            behaviour = self._both(handler.stream_stream, method, parse)
+            return grpc.stream_stream_rpc_method_handler(behaviour, None, serialize)
         raise TypeError(f"{method}: client streams have no place in the wire contract")
 
     async def admit(self, method: str, context: grpc.aio.ServicerContext) -> Principal:
@@ -130,16 +132,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return respond
 
-    def _both(self, behaviour: Behaviour, method: str) -> Behaviour:
+    def _both(self, behaviour: Behaviour, method: str, parse: Parse) -> Behaviour:
         """Reflection: a conversation that a drain does not wait for."""
 
-        async def respond(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async def respond(payloads: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async def requests() -> AsyncIterator[Any]:
+                async for payload in payloads:
+                    yield parsed(payload, parse, method)
+
             try:
                 await self.admit(method, context)
+                async for response in behaviour(requests(), context):
+                    yield response
             except ServiceError as error:
                 await abort(context, error)
-            async for response in behaviour(requests, context):
-                yield response
 
         return respond
 
@@ -189,10 +195,7 @@ class _Call:
 
     def parsed(self, payload: bytes, parse: Parse) -> Any:
         """The request; INVALID_ARGUMENT for bytes that are no message of its kind."""
-        try:
-            request = parse(payload)
-        except DecodeError:
-            raise invalid("request", f"the {len(payload)} bytes are not a request of {self._method}") from None
+        request = parsed(payload, parse, self._path)
         rule = rule_of(self._path)
         if rule is not None and rule.audited:
             self._target = target_of(request)
@@ -225,6 +228,36 @@ class _Call:
             self._interceptor.audit.act(who=who, what=self._path, target=self._target, outcome=code.name, peer=peer)
         self._interceptor._leave(self._service, self._method, code, seconds)
         log.debug("call", service=self._service, method=self._method, code=code.name, seconds=round(seconds, 4))
+
+
+def parsed(payload: bytes, parse: Parse, method: str) -> Any:
+    """A request of `method`; INVALID_ARGUMENT naming the field at which the bytes stop being one."""
+    try:
+        return parse(payload)
+    except DecodeError:
+        field, reason = fault_in(method, payload)
+        raise invalid(field, reason) from None
+
+
+def _public(handler: Any, method: str) -> Any:
+    """A handler of health, which anybody may call at any time; only its requests are parsed here."""
+    if handler is None:
+        return None
+    parse, serialize = handler.request_deserializer, handler.response_serializer
+
+    behaviour = handler.unary_unary or handler.unary_stream  # its stream too is a coroutine, which writes by itself
+
+    async def respond(payload: bytes, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            request = parsed(payload, parse, method)
+        except ServiceError as error:
+            await abort(context, error)
+        else:
+            return await behaviour(request, context)
+
+    if handler.unary_unary is not None:
+        return grpc.unary_unary_rpc_method_handler(respond, None, serialize)
+    return grpc.unary_stream_rpc_method_handler(respond, None, serialize)
 
 
 def _set_code(context: grpc.aio.ServicerContext) -> StatusCode | None:

@@ -14,6 +14,8 @@ from grpc import StatusCode
 from trimtab_client.ragged import RaggedError
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
+LONGEST_MESSAGE_BYTES = 1000
+LONGEST_FIELD_BYTES = 300
 
 # What the errors of trimtab.weights and trimtab.models mean to a client; an error's nearest ancestor decides.
 NEIGHBOURS = {
@@ -121,10 +123,25 @@ def status_details(error: ServiceError) -> bytes | None:
 
 
 async def abort(context: grpc.aio.ServicerContext, error: ServiceError) -> None:
-    """End the call with the error's status and details; always raises."""
-    details = status_details(error)
+    """End the call with the error's status and details; always raises.
+
+    A message that repeats a long input is cut: a status travels in headers, of which peers take 8 KiB.
+    """
+    short = ServiceError(
+        error.code,
+        cut(error.message),
+        field=None if error.field is None else cut(error.field, LONGEST_FIELD_BYTES),
+        retry_after_s=error.retry_after_s,
+    )
+    details = status_details(short)
     trailing = ((STATUS_DETAILS_KEY, details),) if details is not None else ()
-    await context.abort(error.code, error.message, trailing)
+    await context.abort(short.code, short.message, trailing)
+
+
+def cut(text: str, most_bytes: int = LONGEST_MESSAGE_BYTES) -> str:
+    """Text of at most so many bytes of UTF-8, with … where its end was cut."""
+    data = text.encode("utf-8", "replace")
+    return text if len(data) <= most_bytes else data[: most_bytes - 3].decode("utf-8", "ignore") + "…"
 
 
 def _packed(message: error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> any_pb2.Any:

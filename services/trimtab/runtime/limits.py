@@ -12,8 +12,14 @@ from trimtab_client.ragged import RaggedError, RaggedTokens
 from trimtab_client.v1 import tokens_pb2
 
 
-def read_tokens(message: tokens_pb2.RaggedTokens, *, field: str = "tokens") -> RaggedTokens:
-    """The batch of a request; INVALID_ARGUMENT with its full field where the message contradicts itself."""
+def read_tokens(message: tokens_pb2.RaggedTokens, limits: RequestLimits, *, field: str = "tokens") -> RaggedTokens:
+    """The batch of a request; INVALID_ARGUMENT with its full field where the message contradicts itself.
+
+    Counts are checked before anything is made of them: millions of lengths cost nothing.
+    """
+    for name, values in (("lengths", message.lengths), ("prompt_lengths", message.prompt_lengths)):
+        if len(values) > limits.max_sequences:
+            raise invalid(f"{field}.{name}", f"{len(values)} sequences, but a request may hold {limits.max_sequences}")
     try:
         return RaggedTokens.from_proto(message)
     except RaggedError as error:

@@ -169,7 +169,7 @@ class ServedModel(Generic[Model]):
                 return True
         else:
             exact = ModelVersion.from_proto(pin.exact)
-            if _matches(exact, now):
+            if matches(exact, now):
                 return True
             same_line = exact.run_id in ("", now.run_id) and exact.name in ("", now.name)
             if same_line and exact.step and exact.step < now.step:
@@ -203,20 +203,23 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     async def LoadVersion(
         self, request: model_pb2.LoadVersionRequest, context: grpc.aio.ServicerContext
     ) -> model_pb2.LoadVersionResponse:
-        version = ModelVersion.from_proto(request.version)
-        if self._served.can_move:
-            for field in ("run_id", "name"):
-                if not getattr(version, field):
-                    raise invalid(f"version.{field}", "required: a published version has run_id, name and step")
-        try:
-            # A caller that gives up does not stop a swap that others wait for.
-            served = await asyncio.shield(self._served.move_to(version))
-        except Exception as error:
-            raise as_service_error(error) or internal(f"{version} failed to load: {error}") from error
-        return model_pb2.LoadVersionResponse(model=served.info)
+        return model_pb2.LoadVersionResponse(model=(await load_version(self._served, request)).info)
 
     def as_service(self) -> Service:
         return Service(SERVICE_NAME, model_pb2_grpc.add_ModelServiceServicer_to_server, self)
+
+
+async def load_version(served: ServedModel[Model], request: model_pb2.LoadVersionRequest) -> Served[Model]:
+    """Move to the version of a request. A caller that gives up does not stop a swap that others wait for."""
+    version = ModelVersion.from_proto(request.version)
+    if served.can_move:
+        for field in ("run_id", "name"):
+            if not getattr(version, field):
+                raise invalid(f"version.{field}", "required: a published version has run_id, name and step")
+    try:
+        return await asyncio.shield(served.move_to(version))
+    except Exception as error:
+        raise as_service_error(error) or internal(f"{version} failed to load: {error}") from error
 
 
 async def pinned(
@@ -231,7 +234,7 @@ def _is(wanted: ModelVersion, now: ModelVersion) -> bool:
     return same and wanted.digest in ("", now.digest)
 
 
-def _matches(exact: ModelVersion, now: ModelVersion) -> bool:
+def matches(exact: ModelVersion, now: ModelVersion) -> bool:
     """Empty fields of an exact pin (step 0 is one) match anything."""
     return (
         exact.run_id in ("", now.run_id)

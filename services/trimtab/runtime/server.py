@@ -60,6 +60,8 @@ class ServerContext:
         self.config = config
         self.metrics = Metrics()
         self.worker = DeviceWorker(f"{label}-device", threads=config.threads)
+        self._others: list[DeviceWorker] = []
+        self._worker_given = False
         self.draining = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closers: list[Callable[[], Awaitable[None]]] = []
@@ -69,6 +71,18 @@ class ServerContext:
         task = asyncio.get_running_loop().create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+
+    def new_worker(self, name: str) -> DeviceWorker:
+        """A thread for one of several models: `worker` for the first, so that none waits for another's forward."""
+        if not self._worker_given:
+            self._worker_given = True
+            return self.worker
+        self._others.append(DeviceWorker(f"{self.label}-{name}", threads=self.config.threads))
+        return self._others[-1]
+
+    def stalled_s(self) -> float:
+        """Seconds without progress of the worker that has had none for longest. Any thread."""
+        return max(worker.stalled_s() for worker in (self.worker, *self._others))
 
     def on_close(self, closer: Callable[[], Awaitable[None]]) -> None:
         self._closers.append(closer)
@@ -82,7 +96,8 @@ class ServerContext:
     async def close(self) -> None:
         for closer in reversed(self._closers):
             await closer()
-        await asyncio.to_thread(self.worker.close)
+        for worker in (self.worker, *self._others):
+            await asyncio.to_thread(worker.close)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -214,7 +229,7 @@ class RunningServer:
 
     def _stalled_s(self) -> float:
         """Seconds without progress, asked by the probes' threads."""
-        return max(self.context.worker.stalled_s(), self._beat.blocked_s())
+        return max(self.context.stalled_s(), self._beat.blocked_s())
 
     async def _bring_up(self) -> None:
         started_s = time.monotonic()

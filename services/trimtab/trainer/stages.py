@@ -143,6 +143,7 @@ class PpoConfig(_Config):
     )
     value_warmup_steps: Annotated[int, Field(ge=0)] = 0
     score_text: bool = False
+    reward_scorer: str = ""
     max_staleness: Annotated[int, Field(ge=0, le=16)] = 0
     service_timeout_s: Positive = 600.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -58,9 +58,9 @@ def test_texts_are_blamed_and_not_tokens():
 
 def test_a_message_that_contradicts_itself_is_refused_with_its_full_field():
     message = tokens_pb2.RaggedTokens(token_ids=b"\1\0\0\0", lengths=[2])
-    assert refusal(read_tokens, message, field="tokens.tokens").field == "tokens.tokens.lengths"
+    assert refusal(read_tokens, message, LIMITS, field="tokens.tokens").field == "tokens.tokens.lengths"
     message = tokens_pb2.RaggedTokens(token_ids=b"\1\0\0", lengths=[1])
-    assert refusal(read_tokens, message).field == "tokens.token_ids"
+    assert refusal(read_tokens, message, LIMITS).field == "tokens.token_ids"
 
 
 def test_prompts_are_required_and_not_empty():
@@ -73,3 +73,9 @@ def test_a_foreign_tokenizer_is_a_failed_precondition_and_none_an_invalid_argume
     assert refusal(check_tokenizer_digest, "blake3:aa", "blake3:bb").code == StatusCode.FAILED_PRECONDITION
     assert refusal(check_tokenizer_digest, "", "blake3:bb").code == StatusCode.INVALID_ARGUMENT
     check_tokenizer_digest("blake3:bb", "blake3:bb")
+
+
+def test_more_sequences_than_a_request_may_hold_are_refused_before_they_are_read():
+    lengths = refusal(read_tokens, tokens_pb2.RaggedTokens(lengths=[0] * 4), LIMITS)
+    prompts = refusal(read_tokens, tokens_pb2.RaggedTokens(lengths=[0] * 3, prompt_lengths=[0] * 4), LIMITS)
+    assert (lengths.field, prompts.field) == ("tokens.lengths", "tokens.prompt_lengths")

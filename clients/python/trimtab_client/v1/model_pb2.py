@@ -24,27 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16trimtab/v1/model.proto\x12\ntrimtab.v1\"J\n\x0cModelVersion\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"X\n\nVersionPin\x12)\n\x05\x65xact\x18\x01 \x01(\x0b\x32\x18.trimtab.v1.ModelVersionH\x00\x12\x17\n\rat_least_step\x18\x02 \x01(\x03H\x00\x42\x06\n\x04rule\"\xae\x02\n\tModelInfo\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.trimtab.v1.ModelVersion\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nmax_length\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x06 \x01(\t\x12\x17\n\x0fparameter_count\x18\x07 \x01(\x04\x12\x15\n\reos_token_ids\x18\x08 \x03(\x05\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\x12\x15\n\rmax_sequences\x18\n \x01(\r\x12\x12\n\nmax_tokens\x18\x0b \x01(\r\x12\x19\n\x11max_hidden_tokens\x18\x0c \x01(\r\"\x11\n\x0fGetModelRequest\"8\n\x10GetModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.trimtab.v1.ModelInfo\"?\n\x12LoadVersionRequest\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.trimtab.v1.ModelVersion\";\n\x13LoadVersionResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.trimtab.v1.ModelInfo2\xa5\x01\n\x0cModelService\x12\x45\n\x08GetModel\x12\x1b.trimtab.v1.GetModelRequest\x1a\x1c.trimtab.v1.GetModelResponse\x12N\n\x0bLoadVersion\x12\x1e.trimtab.v1.LoadVersionRequest\x1a\x1f.trimtab.v1.LoadVersionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16trimtab/v1/model.proto\x12\ntrimtab.v1\"J\n\x0cModelVersion\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"X\n\nVersionPin\x12)\n\x05\x65xact\x18\x01 \x01(\x0b\x32\x18.trimtab.v1.ModelVersionH\x00\x12\x17\n\rat_least_step\x18\x02 \x01(\x03H\x00\x42\x06\n\x04rule\"\xd7\x02\n\tModelInfo\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.trimtab.v1.ModelVersion\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nmax_length\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x06 \x01(\t\x12\x17\n\x0fparameter_count\x18\x07 \x01(\x04\x12\x15\n\reos_token_ids\x18\x08 \x03(\x05\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\x12\x15\n\rmax_sequences\x18\n \x01(\r\x12\x12\n\nmax_tokens\x18\x0b \x01(\r\x12\x19\n\x11max_hidden_tokens\x18\x0c \x01(\r\x12\'\n\x07scorers\x18\r \x03(\x0b\x32\x16.trimtab.v1.ScorerInfo\"\x93\x02\n\nScorerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12)\n\x07version\x18\x03 \x01(\x0b\x32\x18.trimtab.v1.ModelVersion\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x12\n\nmax_length\x18\x05 \x01(\r\x12\x17\n\x0fneeds_reference\x18\x06 \x01(\x08\x12\x11\n\ttimeout_s\x18\x07 \x01(\x01\x12\x34\n\x07weights\x18\x08 \x03(\x0b\x32#.trimtab.v1.ScorerInfo.WeightsEntry\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x11\n\x0fGetModelRequest\"8\n\x10GetModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.trimtab.v1.ModelInfo\"O\n\x12LoadVersionRequest\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.trimtab.v1.ModelVersion\x12\x0e\n\x06scorer\x18\x02 \x01(\t\";\n\x13LoadVersionResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.trimtab.v1.ModelInfo2\xa5\x01\n\x0cModelService\x12\x45\n\x08GetModel\x12\x1b.trimtab.v1.GetModelRequest\x1a\x1c.trimtab.v1.GetModelResponse\x12N\n\x0bLoadVersion\x12\x1e.trimtab.v1.LoadVersionRequest\x1a\x1f.trimtab.v1.LoadVersionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'trimtab.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SCORERINFO_WEIGHTSENTRY']._loaded_options = None
+  _globals['_SCORERINFO_WEIGHTSENTRY']._serialized_options = b'8\001'
   _globals['_MODELVERSION']._serialized_start=38
   _globals['_MODELVERSION']._serialized_end=112
   _globals['_VERSIONPIN']._serialized_start=114
   _globals['_VERSIONPIN']._serialized_end=202
   _globals['_MODELINFO']._serialized_start=205
-  _globals['_MODELINFO']._serialized_end=507
-  _globals['_GETMODELREQUEST']._serialized_start=509
-  _globals['_GETMODELREQUEST']._serialized_end=526
-  _globals['_GETMODELRESPONSE']._serialized_start=528
-  _globals['_GETMODELRESPONSE']._serialized_end=584
-  _globals['_LOADVERSIONREQUEST']._serialized_start=586
-  _globals['_LOADVERSIONREQUEST']._serialized_end=649
-  _globals['_LOADVERSIONRESPONSE']._serialized_start=651
-  _globals['_LOADVERSIONRESPONSE']._serialized_end=710
-  _globals['_MODELSERVICE']._serialized_start=713
-  _globals['_MODELSERVICE']._serialized_end=878
+  _globals['_MODELINFO']._serialized_end=548
+  _globals['_SCORERINFO']._serialized_start=551
+  _globals['_SCORERINFO']._serialized_end=826
+  _globals['_SCORERINFO_WEIGHTSENTRY']._serialized_start=780
+  _globals['_SCORERINFO_WEIGHTSENTRY']._serialized_end=826
+  _globals['_GETMODELREQUEST']._serialized_start=828
+  _globals['_GETMODELREQUEST']._serialized_end=845
+  _globals['_GETMODELRESPONSE']._serialized_start=847
+  _globals['_GETMODELRESPONSE']._serialized_end=903
+  _globals['_LOADVERSIONREQUEST']._serialized_start=905
+  _globals['_LOADVERSIONREQUEST']._serialized_end=984
+  _globals['_LOADVERSIONRESPONSE']._serialized_start=986
+  _globals['_LOADVERSIONRESPONSE']._serialized_end=1045
+  _globals['_MODELSERVICE']._serialized_start=1048
+  _globals['_MODELSERVICE']._serialized_end=1213
 # @@protoc_insertion_point(module_scope)

@@ -101,6 +101,7 @@ class ModelInfo(_message.Message):
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_HIDDEN_TOKENS_FIELD_NUMBER: _builtins.int
+    SCORERS_FIELD_NUMBER: _builtins.int
     tokenizer_digest: _builtins.str
     """Digest of the tokenizer; equal digests mean equal ids for equal text."""
     vocab_size: _builtins.int
@@ -124,6 +125,10 @@ class ModelInfo(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that end a response."""
 
+    @_builtins.property
+    def scorers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScorerInfo]:
+        """Of a reward server: every scorer it has, the default one first; the fields above are the default one's."""
+
     def __init__(
         self,
         *,
@@ -139,14 +144,86 @@ class ModelInfo(_message.Message):
         max_sequences: _builtins.int = ...,
         max_tokens: _builtins.int = ...,
         max_hidden_tokens: _builtins.int = ...,
+        scorers: _abc.Iterable[Global___ScorerInfo] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "max_hidden_tokens", b"max_hidden_tokens", "max_length", b"max_length", "max_sequences", b"max_sequences", "max_tokens", b"max_tokens", "parameter_count", b"parameter_count", "tokenizer_digest", b"tokenizer_digest", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "max_hidden_tokens", b"max_hidden_tokens", "max_length", b"max_length", "max_sequences", b"max_sequences", "max_tokens", b"max_tokens", "parameter_count", b"parameter_count", "scorers", b"scorers", "tokenizer_digest", b"tokenizer_digest", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelInfo: _TypeAlias = ModelInfo  # noqa: Y015
+
+@_typing.final
+class ScorerInfo(_message.Message):
+    """One scorer of a reward server."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class WeightsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    NEEDS_REFERENCE_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    kind: _builtins.str
+    """"model", "sum", or the kind of a rule: "length", "regex", "answer", "function"."""
+    tokenizer_digest: _builtins.str
+    """What token ids must be made by; empty where the scorer takes text only."""
+    max_length: _builtins.int
+    """Longest sequence in tokens; 0: not bounded by this scorer."""
+    needs_reference: _builtins.bool
+    """Whether each response needs a reference to be compared with."""
+    timeout_s: _builtins.float
+    """Seconds after which it gives up: on a call (models, sums), on one response (rules)."""
+    @_builtins.property
+    def version(self) -> Global___ModelVersion: ...
+    @_builtins.property
+    def weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Of a sum: the weight of each scorer in it."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        version: Global___ModelVersion | None = ...,
+        tokenizer_digest: _builtins.str = ...,
+        max_length: _builtins.int = ...,
+        needs_reference: _builtins.bool = ...,
+        timeout_s: _builtins.float = ...,
+        weights: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "max_length", b"max_length", "name", b"name", "needs_reference", b"needs_reference", "timeout_s", b"timeout_s", "tokenizer_digest", b"tokenizer_digest", "version", b"version", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScorerInfo: _TypeAlias = ScorerInfo  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
@@ -188,6 +265,9 @@ class LoadVersionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
+    SCORER_FIELD_NUMBER: _builtins.int
+    scorer: _builtins.str
+    """Which of a reward server's models moves; empty: the default one."""
     @_builtins.property
     def version(self) -> Global___ModelVersion:
         """Must name run_id, name and step; digest is checked where given."""
@@ -196,10 +276,11 @@ class LoadVersionRequest(_message.Message):
         self,
         *,
         version: Global___ModelVersion | None = ...,
+        scorer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scorer", b"scorer", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from trimtab_client.v1 import model_pb2 as trimtab_dot_v1_dot_model__pb2
 from trimtab_client.v1 import tokens_pb2 as trimtab_dot_v1_dot_tokens__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17trimtab/v1/reward.proto\x12\ntrimtab.v1\x1a\x16trimtab/v1/model.proto\x1a\x17trimtab/v1/tokens.proto\"P\n\nTokenBatch\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x18.trimtab.v1.RaggedTokens\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\t\",\n\x08TextPair\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x10\n\x08response\x18\x02 \x01(\t\"0\n\tTextBatch\x12#\n\x05items\x18\x01 \x03(\x0b\x32\x14.trimtab.v1.TextPair\"D\n\x11\x43onversationBatch\x12/\n\rconversations\x18\x01 \x03(\x0b\x32\x18.trimtab.v1.Conversation\"\xdc\x01\n\x0cScoreRequest\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.trimtab.v1.TokenBatchH\x00\x12&\n\x05texts\x18\x02 \x01(\x0b\x32\x15.trimtab.v1.TextBatchH\x00\x12\x36\n\rconversations\x18\x03 \x01(\x0b\x32\x1d.trimtab.v1.ConversationBatchH\x00\x12\'\n\x07version\x18\x04 \x01(\x0b\x32\x16.trimtab.v1.VersionPin\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x42\x07\n\x05input\"x\n\rScoreResponse\x12\x0e\n\x06scores\x18\x01 \x01(\x0c\x12\x19\n\x11normalized_scores\x18\x02 \x01(\x0c\x12)\n\x07version\x18\x03 \x01(\x0b\x32\x18.trimtab.v1.ModelVersion\x12\x11\n\ttruncated\x18\x04 \x03(\r2M\n\rRewardService\x12<\n\x05Score\x12\x18.trimtab.v1.ScoreRequest\x1a\x19.trimtab.v1.ScoreResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17trimtab/v1/reward.proto\x12\ntrimtab.v1\x1a\x16trimtab/v1/model.proto\x1a\x17trimtab/v1/tokens.proto\"d\n\nTokenBatch\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x18.trimtab.v1.RaggedTokens\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\t\x12\x12\n\nreferences\x18\x03 \x03(\t\"?\n\x08TextPair\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x10\n\x08response\x18\x02 \x01(\t\x12\x11\n\treference\x18\x03 \x01(\t\"0\n\tTextBatch\x12#\n\x05items\x18\x01 \x03(\x0b\x32\x14.trimtab.v1.TextPair\"X\n\x11\x43onversationBatch\x12/\n\rconversations\x18\x01 \x03(\x0b\x32\x18.trimtab.v1.Conversation\x12\x12\n\nreferences\x18\x02 \x03(\t\"\x83\x02\n\x0cScoreRequest\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.trimtab.v1.TokenBatchH\x00\x12&\n\x05texts\x18\x02 \x01(\x0b\x32\x15.trimtab.v1.TextBatchH\x00\x12\x36\n\rconversations\x18\x03 \x01(\x0b\x32\x1d.trimtab.v1.ConversationBatchH\x00\x12\'\n\x07version\x18\x04 \x01(\x0b\x32\x16.trimtab.v1.VersionPin\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x12\x0e\n\x06scorer\x18\x06 \x01(\t\x12\x15\n\rdeterministic\x18\x07 \x01(\x08\x42\x07\n\x05input\"\xaf\x01\n\rScoreResponse\x12\x0e\n\x06scores\x18\x01 \x01(\x0c\x12\x19\n\x11normalized_scores\x18\x02 \x01(\x0c\x12)\n\x07version\x18\x03 \x01(\x0b\x32\x18.trimtab.v1.ModelVersion\x12\x11\n\ttruncated\x18\x04 \x03(\r\x12\x0e\n\x06scorer\x18\x05 \x01(\t\x12%\n\x05parts\x18\x06 \x03(\x0b\x32\x16.trimtab.v1.PartScores\"g\n\nPartScores\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x0e\n\x06scores\x18\x03 \x01(\x0c\x12)\n\x07version\x18\x04 \x01(\x0b\x32\x18.trimtab.v1.ModelVersion2M\n\rRewardService\x12<\n\x05Score\x12\x18.trimtab.v1.ScoreRequest\x1a\x19.trimtab.v1.ScoreResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'trimtab.v1.reward_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOKENBATCH']._serialized_start=88
-  _globals['_TOKENBATCH']._serialized_end=168
-  _globals['_TEXTPAIR']._serialized_start=170
-  _globals['_TEXTPAIR']._serialized_end=214
-  _globals['_TEXTBATCH']._serialized_start=216
-  _globals['_TEXTBATCH']._serialized_end=264
-  _globals['_CONVERSATIONBATCH']._serialized_start=266
-  _globals['_CONVERSATIONBATCH']._serialized_end=334
-  _globals['_SCOREREQUEST']._serialized_start=337
-  _globals['_SCOREREQUEST']._serialized_end=557
-  _globals['_SCORERESPONSE']._serialized_start=559
-  _globals['_SCORERESPONSE']._serialized_end=679
-  _globals['_REWARDSERVICE']._serialized_start=681
-  _globals['_REWARDSERVICE']._serialized_end=758
+  _globals['_TOKENBATCH']._serialized_end=188
+  _globals['_TEXTPAIR']._serialized_start=190
+  _globals['_TEXTPAIR']._serialized_end=253
+  _globals['_TEXTBATCH']._serialized_start=255
+  _globals['_TEXTBATCH']._serialized_end=303
+  _globals['_CONVERSATIONBATCH']._serialized_start=305
+  _globals['_CONVERSATIONBATCH']._serialized_end=393
+  _globals['_SCOREREQUEST']._serialized_start=396
+  _globals['_SCOREREQUEST']._serialized_end=655
+  _globals['_SCORERESPONSE']._serialized_start=658
+  _globals['_SCORERESPONSE']._serialized_end=833
+  _globals['_PARTSCORES']._serialized_start=835
+  _globals['_PARTSCORES']._serialized_end=938
+  _globals['_REWARDSERVICE']._serialized_start=940
+  _globals['_REWARDSERVICE']._serialized_end=1017
 # @@protoc_insertion_point(module_scope)

@@ -26,19 +26,25 @@ class TokenBatch(_message.Message):
 
     TOKENS_FIELD_NUMBER: _builtins.int
     TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
+    REFERENCES_FIELD_NUMBER: _builtins.int
     tokenizer_digest: _builtins.str
     """Digest of the tokenizer that made the ids; must equal the server's."""
     @_builtins.property
     def tokens(self) -> _tokens_pb2.RaggedTokens: ...
+    @_builtins.property
+    def references(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """For verifiers: what each response is compared with; one a sequence, or none."""
+
     def __init__(
         self,
         *,
         tokens: _tokens_pb2.RaggedTokens | None = ...,
         tokenizer_digest: _builtins.str = ...,
+        references: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokenizer_digest", b"tokenizer_digest", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["references", b"references", "tokenizer_digest", b"tokenizer_digest", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -50,17 +56,21 @@ class TextPair(_message.Message):
 
     PROMPT_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     response: _builtins.str
+    reference: _builtins.str
+    """For verifiers: what the response is compared with."""
     def __init__(
         self,
         *,
         prompt: _builtins.str = ...,
         response: _builtins.str = ...,
+        reference: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "response", b"response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "reference", b"reference", "response", b"response"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -91,16 +101,22 @@ class ConversationBatch(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CONVERSATIONS_FIELD_NUMBER: _builtins.int
+    REFERENCES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def conversations(self) -> _containers.RepeatedCompositeFieldContainer[_tokens_pb2.Conversation]: ...
+    @_builtins.property
+    def references(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """For verifiers: what each last message is compared with; one a conversation, or none."""
+
     def __init__(
         self,
         *,
         conversations: _abc.Iterable[_tokens_pb2.Conversation] | None = ...,
+        references: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversations", b"conversations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversations", b"conversations", "references", b"references"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -115,8 +131,14 @@ class ScoreRequest(_message.Message):
     CONVERSATIONS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
+    SCORER_FIELD_NUMBER: _builtins.int
+    DETERMINISTIC_FIELD_NUMBER: _builtins.int
     truncate: _builtins.bool
     """Cut sequences that are too long at their end instead of refusing them."""
+    scorer: _builtins.str
+    """Which of the server's scorers (ModelInfo.scorers); empty: its default one."""
+    deterministic: _builtins.bool
+    """Each sequence in a forward of its own: bitwise the same score in any company, at a lower rate."""
     @_builtins.property
     def tokens(self) -> Global___TokenBatch: ...
     @_builtins.property
@@ -133,10 +155,12 @@ class ScoreRequest(_message.Message):
         conversations: Global___ConversationBatch | None = ...,
         version: _model_pb2.VersionPin | None = ...,
         truncate: _builtins.bool = ...,
+        scorer: _builtins.str = ...,
+        deterministic: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["conversations", b"conversations", "input", b"input", "texts", b"texts", "tokens", b"tokens", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversations", b"conversations", "input", b"input", "texts", b"texts", "tokens", b"tokens", "truncate", b"truncate", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversations", b"conversations", "deterministic", b"deterministic", "input", b"input", "scorer", b"scorer", "texts", b"texts", "tokens", b"tokens", "truncate", b"truncate", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["tokens", "texts", "conversations"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -152,15 +176,23 @@ class ScoreResponse(_message.Message):
     NORMALIZED_SCORES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     TRUNCATED_FIELD_NUMBER: _builtins.int
+    SCORER_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     scores: _builtins.bytes
     """Little-endian float32, one raw score (the bare logit) a sequence."""
     normalized_scores: _builtins.bytes
     """Little-endian float32: (score - mean) / deviation with the version's constants."""
+    scorer: _builtins.str
+    """The scorer that answered."""
     @_builtins.property
     def version(self) -> _model_pb2.ModelVersion: ...
     @_builtins.property
     def truncated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Positions of the sequences that were cut."""
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartScores]:
+        """Of a weighted sum: what it is made of."""
 
     def __init__(
         self,
@@ -169,11 +201,45 @@ class ScoreResponse(_message.Message):
         normalized_scores: _builtins.bytes = ...,
         version: _model_pb2.ModelVersion | None = ...,
         truncated: _abc.Iterable[_builtins.int] | None = ...,
+        scorer: _builtins.str = ...,
+        parts: _abc.Iterable[Global___PartScores] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["normalized_scores", b"normalized_scores", "scores", b"scores", "truncated", b"truncated", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["normalized_scores", b"normalized_scores", "parts", b"parts", "scorer", b"scorer", "scores", b"scores", "truncated", b"truncated", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
+
+@_typing.final
+class PartScores(_message.Message):
+    """One scorer's share of a weighted sum: the sum adds weight * score of each part."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORER_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    scorer: _builtins.str
+    weight: _builtins.float
+    scores: _builtins.bytes
+    """Little-endian float32, one score a sequence, as it entered the sum."""
+    @_builtins.property
+    def version(self) -> _model_pb2.ModelVersion: ...
+    def __init__(
+        self,
+        *,
+        scorer: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        scores: _builtins.bytes = ...,
+        version: _model_pb2.ModelVersion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scorer", b"scorer", "scores", b"scores", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PartScores: _TypeAlias = PartScores  # noqa: Y015

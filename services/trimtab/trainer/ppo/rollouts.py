@@ -75,12 +75,23 @@ class RolloutClients:
         clients = {"generator": self.generator.client, "reference": self.reference, "reward": self.reward}
         for name, client in clients.items():
             model = await self.patience.until_answered(self._names[name], client.get_model)
-            foreign = model.tokenizer_digest != tokenizer_digest
+            digest = model.tokenizer_digest if name != "reward" else self._scorers_digest(model)
+            foreign = digest != tokenizer_digest
             if foreign and not (name == "reward" and self.config.score_text):
                 advice = "; set score_text: true to send it text" if name == "reward" else ""
                 raise RunFailedError(f"{name}_address: its tokenizer is not the policy's{advice}")
             if name == "reference":
                 self.reference_model = model
+
+    def _scorers_digest(self, model: ModelInfo) -> str:
+        """The tokenizer digest of the reward service's scorer that the config names."""
+        wanted = self.config.reward_scorer
+        if not wanted:
+            return model.tokenizer_digest
+        digests = {scorer.name: scorer.tokenizer_digest for scorer in model.scorers}
+        if wanted not in digests:
+            raise RunFailedError(f"reward_scorer: {wanted} is none of the service's: {', '.join(digests) or 'none'}")
+        return digests[wanted]
 
     async def load_version(self, version: ModelVersion) -> None:
         """Make the generator serve a version; returns once it does."""
@@ -180,10 +191,15 @@ class RolloutClients:
         if self.config.score_text:
             completions = [episode.completion for episode in episodes]
             pairs = [(decode(self.tokenizer, c.prompt_token_ids), c.text) for c in completions]
-            scores = await self.reward.score_texts(pairs, timeout_s=self.timeout_s)
+            scores = await self.reward.score_texts(pairs, timeout_s=self.timeout_s, scorer=self.config.reward_scorer)
         else:
-            tokens = RaggedTokens.from_sequences([episode.token_ids for episode in episodes])
-            scores = await self.reward.score_tokens(tokens, self.tokenizer_digest, timeout_s=self.timeout_s)
+            tokens = RaggedTokens.from_sequences(
+                [episode.token_ids for episode in episodes],
+                prompt_lengths=[len(episode.completion.prompt_token_ids) for episode in episodes],
+            )
+            scores = await self.reward.score_tokens(
+                tokens, self.tokenizer_digest, timeout_s=self.timeout_s, scorer=self.config.reward_scorer
+            )
         if not np.isfinite(scores.normalized_scores).all():
             raise RunFailedError(f"the reward service {self.config.reward_address} answered with a non-finite score")
         for episode, raw, normalized in zip(episodes, scores.scores, scores.normalized_scores, strict=True):
