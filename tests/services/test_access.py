@@ -100,6 +100,21 @@ def test_the_table_knows_every_method_and_only_health_is_public():
     assert len(EVERY_METHOD) > 12
 
 
+def test_each_service_needs_the_role_of_its_work():
+    works = {
+        "RewardService": "score",
+        "GeneratorService": "generate",
+        "ReferenceService": "logprobs",
+        "TrainerService": "train",
+    }
+    for method in EVERY_METHOD:
+        service, name = method.path.rsplit(".", 1)[1].split("/")
+        if service in works:
+            assert needs(method) == works[service]
+        elif name == "LoadVersion":
+            assert needs(method) == "admin"
+
+
 async def test_no_credentials_open_nothing(by_token):
     assert await outcomes(by_token[1], None) == everywhere(UNKNOWN_CALLER)
 

@@ -18,7 +18,7 @@ from trimtab_client.v1 import reference_pb2, reference_pb2_grpc
 
 ROOM = Path(__file__).parent / "runtime_room.py"
 SERVING, NOT_SERVING = "SERVING", "NOT_SERVING"
-READY, STARTUP, LIVENESS = "", "startup", "liveness"
+READY, OVERALL, STARTUP, LIVENESS = "readiness", "", "startup", "liveness"
 
 
 class Probed:
@@ -71,13 +71,14 @@ def test_a_loading_process_is_alive_and_not_ready(start):
     room = start("hang", liveness_s=0.2)
     room.becomes(LIVENESS, SERVING)
     time.sleep(0.5)
-    assert [room.says(name) for name in (READY, NAME, STARTUP, LIVENESS)] == [NOT_SERVING] * 3 + [SERVING]
+    assert [room.says(name) for name in (READY, OVERALL, NAME, STARTUP)] == [NOT_SERVING] * 4
+    assert room.says(LIVENESS) == SERVING
 
 
 def test_a_serving_process_is_ready_alive_and_started(start):
     room = start(liveness_s=0.7)
     room.becomes(READY, SERVING)
-    assert [room.says(name) for name in (READY, NAME, STARTUP, LIVENESS)] == [SERVING] * 4
+    assert [room.says(name) for name in (READY, OVERALL, NAME, STARTUP, LIVENESS)] == [SERVING] * 5
     assert "health_port" in json.loads(room.ready_file.read_text())
     time.sleep(1.5)  # nothing to do is no reason to be ended
     assert room.says(LIVENESS) == SERVING
@@ -133,5 +134,5 @@ def test_a_draining_process_is_alive_and_no_longer_ready(start):
     time.sleep(0.5)
     room.process.send_signal(signal.SIGTERM)
     room.becomes(READY, NOT_SERVING, within_s=3)
-    assert [room.says(name) for name in (NAME, STARTUP, LIVENESS)] == [NOT_SERVING, SERVING, SERVING]
+    assert [room.says(name) for name in (OVERALL, NAME, STARTUP, LIVENESS)] == [NOT_SERVING] * 2 + [SERVING] * 2
     assert room.process.wait(timeout=30) == 0

@@ -168,6 +168,16 @@ async def test_a_message_over_the_limit_is_refused_before_it_is_read():
         assert caught.value.code() == StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_bytes_that_are_no_request_are_an_invalid_argument():
+    async with running(one) as server, grpc.aio.insecure_channel(server.address) as channel:
+        call = channel.unary_stream(f"/{NAME}/Generate")(b"\xff\xff\xff", timeout=10)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert await generate(server.address) == ["hello"]
+    assert caught.value.code() == StatusCode.INVALID_ARGUMENT
+    assert "not a request of Generate" in (caught.value.details() or "")
+
+
 async def test_a_call_that_its_caller_drops_is_cancelled_in_the_server():
     cancelled = asyncio.Event()
 

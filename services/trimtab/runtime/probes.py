@@ -2,7 +2,7 @@
 
 A plaintext grpc.health.v1 server without request data. What a probe asks for, by service name:
 
-- "" and each service's full name: readiness. Loaded, tried, and not draining.
+- "readiness", "" and each service's full name: loaded, tried, and not draining.
 - "startup": loaded once; stays so.
 - "liveness": NOT_SERVING where work waits and the device worker has not got on for `liveness_s`, or the event loop has
   been blocked that long. A process that only loads, or has nothing to do, is alive.
@@ -25,6 +25,7 @@ from trimtab.runtime.logs import get_logger
 
 log = get_logger(__name__)
 
+READINESS = "readiness"
 STARTUP = "startup"
 LIVENESS = "liveness"
 BEAT_S = 0.5
@@ -55,7 +56,7 @@ class ProbeServer:
     def __init__(
         self, target: str, names: Iterable[str], *, stalled_s: Callable[[], float], liveness_s: float | None
     ) -> None:
-        self._ready_names = (OVERALL, *names)
+        self._ready_names = (OVERALL, READINESS, *names)
         self._servicer = _Servicer(stalled_s, liveness_s)
         for name in (*self._ready_names, STARTUP):
             self._servicer.set(name, _status(False))
