@@ -12,6 +12,7 @@ from trimtab_client.calls import Call
 from trimtab_client.channel import Addresses, ChannelOptions, parse_addresses
 from trimtab_client.credentials import Bearer
 from trimtab_client.retries import RetryPlan
+from trimtab_client.trace_context import carried
 
 CALLS_AT_ONCE_PER_ADDRESS = 2
 SHORTEST_TIMEOUT_S = 0.001
@@ -49,4 +50,5 @@ class Routing:
 
     def sending(self, until: float) -> dict[str, Any]:
         """The keyword arguments of a stub's method: the time left and the metadata."""
-        return {"timeout": max(until - time.monotonic(), SHORTEST_TIMEOUT_S), "metadata": self._bearer.metadata()}
+        metadata = (*self._bearer.metadata(), *carried())
+        return {"timeout": max(until - time.monotonic(), SHORTEST_TIMEOUT_S), "metadata": metadata}

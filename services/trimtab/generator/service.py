@@ -5,6 +5,7 @@ the engine's.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 
 import grpc.aio
@@ -16,7 +17,7 @@ from trimtab.generator.loading import load_policy, max_length_of, model_info, st
 from trimtab.generator.local.scheduler import LocalEngine
 from trimtab.generator.requests import Bounds, Origin, parse_request
 from trimtab.models.policy import Policy
-from trimtab.runtime import model_service
+from trimtab.runtime import model_service, tracing
 from trimtab.runtime.calls import deadline_of
 from trimtab.runtime.errors import ServiceError, StartError, deadline_exceeded, internal, precondition, unavailable
 from trimtab.runtime.model_service import ModelServicer, Served, ServedModel, pinned
@@ -130,11 +131,15 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
             for sequence, origin in zip(parsed.requests, parsed.origins, strict=True)
         }
         ticket = self._driver.submit(parsed.requests)
+        submitted_ns = time.time_ns()
         try:
             async for outcome in ticket.outcomes():
                 if isinstance(outcome, FailedSequence):
                     raise _failure(outcome)
-                yield generator_pb2.GenerateResponse(completion=_completion(outcome, *known[outcome.sequence_id]))
+                sequence, origin = known[outcome.sequence_id]
+                seen = {"trimtab.seed": str(sequence.seed), "trimtab.tokens": len(outcome.token_ids)}
+                tracing.mark("generator", "completion", seen, submitted_ns)
+                yield generator_pb2.GenerateResponse(completion=_completion(outcome, sequence, origin))
         finally:
             ticket.close()
 

@@ -13,6 +13,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
+from trimtab.runtime import tracing
 from trimtab.runtime.audit import AuditLog, target_of
 from trimtab.runtime.auth import ANYONE, Authenticator, Principal, require
 from trimtab.runtime.auth_config import AuthConfig
@@ -46,11 +47,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         limits: RequestLimits,
         authenticator: Authenticator | None = None,
         audit: AuditLog | None = None,
+        label: str = "",
     ) -> None:
         self._metrics = metrics
         self._limits = limits
         self._authenticator = authenticator or Authenticator(AuthConfig())
         self.audit = audit or AuditLog()
+        self.label = label
         self.refusal: str | None = "the server is loading its model"
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -179,9 +182,11 @@ class _Call:
         self._started_s = 0.0
         self._principal: Principal | None = None
         self._target = ""
+        self._span = tracing.call_span(interceptor.label, method, context.invocation_metadata())
 
     async def __aenter__(self) -> Self:
         self._started_s = time.monotonic()
+        self._traced = self._span.__enter__()
         self._interceptor._enter()
         try:
             overload = self._interceptor.overload()
@@ -227,6 +232,9 @@ class _Call:
             who, peer = self._principal.name, self._context.peer()
             self._interceptor.audit.act(who=who, what=self._path, target=self._target, outcome=code.name, peer=peer)
         self._interceptor._leave(self._service, self._method, code, seconds)
+        if self._traced is not None:
+            self._traced.set_attribute("rpc.grpc.status_code", code.name)
+        self._span.__exit__(None, None, None)
         log.debug("call", service=self._service, method=self._method, code=code.name, seconds=round(seconds, 4))
 
 

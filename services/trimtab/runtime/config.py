@@ -74,6 +74,9 @@ class ServiceConfig(BaseSettings):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "pretty"] = Field(default="auto", description="auto: pretty on a terminal.")
+    otlp_endpoint: str | None = Field(
+        default=None, description="OpenTelemetry collector for traces over gRPC, host:port or URL; empty: no traces."
+    )
     ready_file: Path | None = Field(default=None, description="Written as JSON with the bound ports once serving.")
 
     @classmethod

@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
-from trimtab.runtime import health
+from trimtab.runtime import health, tracing
 from trimtab.runtime.audit import AuditLog
 from trimtab.runtime.auth import Authenticator
 from trimtab.runtime.calls import CallInterceptor
@@ -159,7 +159,8 @@ class RunningServer:
         credentials = server_credentials(config)
         self._authenticator, audit = Authenticator(config.auth), AuditLog(config.auth.audit_file)
         self.context = ServerContext(self._label, config)
-        self._calls = CallInterceptor(self.context.metrics, config.limits, self._authenticator, audit)
+        tracing.start(self._label, config.otlp_endpoint)
+        self._calls = CallInterceptor(self.context.metrics, config.limits, self._authenticator, audit, self._label)
         self._health = health.Health(self._names)
         await self._health.set_serving(False)
         self._server = grpc.aio.server(interceptors=[self._calls], options=_options(config))
@@ -219,6 +220,7 @@ class RunningServer:
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         self._authenticator.close()
+        await asyncio.to_thread(tracing.stop, self._label)
         if self.config.ready_file is not None:
             self.config.ready_file.unlink(missing_ok=True)
         log.info("drained", service=self._label, finished=finished, seconds=round(time.monotonic() - started_s, 3))

@@ -20,6 +20,7 @@ from trimtab.runtime.server import ServerContext, Service, serve
 from trimtab.trainer.config import DEFAULT_STORE, TrainerConfig
 from trimtab.trainer.context import StageContext, recall_run
 from trimtab.trainer.durable import held
+from trimtab.trainer.metrics import METRIC
 from trimtab.trainer.ppo.loop import run_ppo
 from trimtab.trainer.reward_model import run_reward_model
 from trimtab.trainer.run import Run, RunFailedError, RunSnapshot, RunState, StepMetrics, StopRun
@@ -57,6 +58,7 @@ async def load(context: ServerContext) -> Sequence[Service]:
     except KernelMismatchError as error:
         raise StartError(str(error)) from error
     servicer = TrainerServicer(config, open_store(config.store or DEFAULT_STORE), context.draining)
+    context.metrics.registry.register(METRIC)
     context.on_close(servicer.close)
     return [Service(SERVICE_NAME, trainer_pb2_grpc.add_TrainerServiceServicer_to_server, servicer)]
 

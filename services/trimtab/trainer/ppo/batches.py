@@ -44,6 +44,7 @@ class Batch:
         step: the step that trains on them; strictly on-policy they are sampled by version `step` − 1.
         prompts: int32 ids, each sampled `samples` times.
         sampler_state: the prompt sampler's, after these were drawn.
+        trace: the span that the batch began under, for what happens to it later; None untraced.
         episodes: by index (prompt · samples + sample), each as soon as its completion is there.
     """
 
@@ -53,6 +54,7 @@ class Batch:
     sampler_state: dict[str, Any]
     episodes: dict[int, Episode] = field(default_factory=dict)
     clocks: RolloutClocks = field(default_factory=RolloutClocks)
+    trace: Any = None
 
     def __len__(self) -> int:
         return len(self.prompts) * self.samples

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
+from trimtab.runtime import tracing
 from trimtab.runtime.logs import get_logger
 from trimtab.trainer.context import AVERAGE, StageContext
 from trimtab.trainer.journal import Journal
@@ -130,9 +131,12 @@ class _Steps:
         optimizers = (config.stage.optimizer, config.value_optimizer)
         rates = [learning_rate(optimizer, state.step, config.steps) for optimizer in optimizers]
         warming_up = state.step < config.value_warmup_steps
-        metrics = rollout_metrics(experience, targets) | state.update.optimize(
-            experience, epoch, targets, rates[0], rates[1], move_policy=not warming_up
-        )
+        with tracing.span(
+            "trainer", "train", {"trimtab.step": step, "trimtab.samples": len(batch)}, parent=batch.trace
+        ):
+            metrics = rollout_metrics(experience, targets) | state.update.optimize(
+                experience, epoch, targets, rates[0], rates[1], move_policy=not warming_up
+            )
         metrics |= {"beta": state.kl.coefficient, "learning_rate": rates[0]}
         metrics["staleness_mean"] = staleness_mean(episodes, step)
         state.kl.update(metrics["kl_nats_per_sequence"], config.batch_size)
@@ -143,7 +147,8 @@ class _Steps:
         times.trained()
 
         context.run.doing("publishing")
-        version = self._publish(metrics)
+        with tracing.span("trainer", "publish", {"trimtab.step": step}, parent=batch.trace):
+            version = self._publish(metrics)
         self.pipeline.admit(version)
         times.published()
         if step > self.writer.last_step:

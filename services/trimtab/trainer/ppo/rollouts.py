@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.models.tokenizers import decode
+from trimtab.runtime import tracing
 from trimtab.trainer.patience import Patience
 from trimtab.trainer.ppo.batches import Batch, Request, StageClock
 from trimtab.trainer.ppo.experience import Episode
@@ -102,32 +105,43 @@ class RolloutClients:
         """Sample, score and reference what a batch lacks; `keep` is given each episode that is complete."""
         to_score: asyncio.Queue[int | None] = asyncio.Queue()
         to_reference: asyncio.Queue[int | None] = asyncio.Queue()
-        clocks = batch.clocks
+        clocks, began_ns = batch.clocks, time.time_ns()
+        samples: dict[int, Any] = {}  # spans, to be linked by what works on several at once
 
         def arrived(index: int, completion: Completion) -> None:
             batch.episodes[index] = Episode(completion)
+            seen = {"trimtab.sample": index, "trimtab.seed": str(completion.seed)}
+            samples[index] = tracing.mark("trainer", "sample", seen, began_ns)
             to_score.put_nowait(index)
             to_reference.put_nowait(index)
 
         async def generate() -> None:
             started = time.perf_counter()
-            async with self.generator.kept_loaded():
-                await self.patience.until_answered(
-                    self._names["generator"], lambda: self._generate(batch, arrived), lambda: len(batch.episodes)
-                )
+            with tracing.span("trainer", "generate"):
+                async with self.generator.kept_loaded():
+                    await self.patience.until_answered(
+                        self._names["generator"], lambda: self._generate(batch, arrived), lambda: len(batch.episodes)
+                    )
             clocks.generate.ended_at = time.perf_counter()
             clocks.generate.busy_s = clocks.generate.ended_at - started
             to_score.put_nowait(None)
             to_reference.put_nowait(None)
 
+        def working(what: str, indices: list[int]) -> AbstractContextManager[Any]:
+            return tracing.span(
+                "trainer", what, {"trimtab.samples": indices}, links=[samples.get(index) for index in indices]
+            )
+
         async def score(indices: list[int]) -> None:
             episodes = [batch.episodes[i] for i in indices]
-            await self.patience.until_answered(self._names["reward"], lambda: self._score(episodes))
+            with working("score", indices):
+                await self.patience.until_answered(self._names["reward"], lambda: self._score(episodes))
             keep_complete(indices)
 
         async def reference(indices: list[int]) -> None:
             episodes = [batch.episodes[i] for i in indices]
-            await self.patience.until_answered(self._names["reference"], lambda: self._reference(episodes))
+            with working("reference", indices):
+                await self.patience.until_answered(self._names["reference"], lambda: self._reference(episodes))
             keep_complete(indices)
 
         def keep_complete(indices: list[int]) -> None:
@@ -136,10 +150,12 @@ class RolloutClients:
                     keep(index, batch.episodes[index])
 
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(generate())
-                group.create_task(_drain(to_score, score, clocks.score))
-                group.create_task(_drain(to_reference, reference, clocks.reference))
+            with tracing.span("trainer", "rollouts", {"trimtab.step": batch.step}):
+                batch.trace = tracing.current()
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(generate())
+                    group.create_task(_drain(to_score, score, clocks.score))
+                    group.create_task(_drain(to_reference, reference, clocks.reference))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
