@@ -28,23 +28,22 @@ LONGEST_RUN_S = 240.0
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL of a service, `delay_s` after the run at `step` was first seen doing `moment`."""
+    """SIGKILL of services at once, `delay_s` after the run at `step` was first seen doing `moment`."""
 
-    service: str
+    services: tuple[str, ...]
     moment: str
     step: int
     delay_s: float
 
 
 def random_kills(seed: int, steps: int, count: int) -> list[Kill]:
-    """The trainer is always among the killed, each other service in turn over the seeds."""
+    """The first kill is of the trainer and another service, in turn over the seeds; more of any one or two."""
     choose = random.Random(seed)
-    others = [SERVICES[1 + (seed + number) % 3] for number in range(count - 1)]
-    at = sorted(choose.sample(range(steps - 2), count))
-    services = choose.sample(["trainer", *others], count)
+    victims = [("trainer", SERVICES[1 + seed % 3])]
+    victims += [tuple(choose.sample(SERVICES, choose.choice([1, 2]))) for _ in range(count - 1)]
     return [
-        Kill(service, choose.choice(MOMENTS if service == "trainer" else MOMENTS[:2]), step, choose.uniform(0, 0.15))
-        for service, step in zip(services, at, strict=True)
+        Kill(services, choose.choice(MOMENTS), step, choose.uniform(0, 0.15))
+        for services, step in zip(victims, sorted(choose.sample(range(steps - 2), count)), strict=True)
     ]
 
 
@@ -77,13 +76,11 @@ class Site:
         (status,) = [status for status in self.supervisor.statuses() if status.name == service]
         return status.pid if status.state is ProcessState.SERVING else None
 
-    def kill(self, service: str) -> bool:
-        """SIGKILL; False where it is down already."""
-        pid = self.pid(service)
-        if pid is None:
-            return False
-        os.kill(pid, signal.SIGKILL)
-        return True
+    def kill(self, services: tuple[str, ...]) -> None:
+        """SIGKILL; one that is down already stays so."""
+        for pid in map(self.pid, services):
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
 
     def digest(self, run_id: str, name: str = "policy") -> str:
         """Of the newest version."""
@@ -128,7 +125,7 @@ def run_to_its_end(
                     reached = steps[-1].step if steps else 0
                     if due and _is_due(due[0], reached, event.activity):
                         kill = due.pop(0)
-                        threading.Timer(kill.delay_s, place.kill, [kill.service]).start()
+                        threading.Timer(kill.delay_s, place.kill, [kill.services]).start()
             except (Unavailable, TrimtabError) as error:
                 if not isinstance(error, Unavailable):
                     raise

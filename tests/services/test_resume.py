@@ -1,6 +1,7 @@
 """Runs that were cut off go on where they were, at a trainer that starts anew, and end with the same weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,25 +49,33 @@ async def cut_off(client: AsyncTrainerClient, config, step: int) -> int:
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-async def test_a_stopped_stage_goes_on_and_ends_with_the_weights_it_would_have_had(make_tiny, tmp_path, stage):
+async def test_a_stage_that_was_cut_off_between_checkpoints_ends_with_the_weights_it_would_have_had(
+    make_tiny, tmp_path, stage
+):
     model = make_tiny("policy")
     if stage == "sft":
-        config, name = sft_config(model, tmp_path, epochs=20, dropout=0.1), "policy"
+        config, name = sft_config(model, tmp_path, epochs=40, dropout=0.1), "policy"
     else:
         config, name = reward_config(model, tmp_path), "reward"
     config.stage.checkpoint_every_steps = 4
-    async with serving_trainer(tmp_path) as client:
-        await client.start("calm", config)
-        _, calm_metrics = await finished(client, "calm")
-        await cut_off(client, config, 5)
-    async with serving_trainer(tmp_path) as client:
+    home = tmp_path / "home"
+    async with serving_trainer(home) as client:
+        await client.start("run", config)
+        await reached(client, lambda status: status.step >= 5)
+        await client.pause("run")
+        await reached(client, lambda status: status.state == "paused")
+        shutil.copytree(home, tmp_path / "cut-off")  # what a kill now would leave on the disk
+        assert list((tmp_path / "cut-off").glob("runs/run/state/checkpoints/0*"))
+        await client.resume("run")
+        _, calm_metrics = await finished(client, "run")
+    async with serving_trainer(tmp_path / "cut-off") as client:
         await client.start("run", config)
         status, metrics = await finished(client, "run")
     assert status.state == "succeeded", status.error
-    assert final_digest(tmp_path, "run", name) == final_digest(tmp_path, "calm", name)
+    assert final_digest(tmp_path / "cut-off", "run", name) == final_digest(home, "run", name)
     assert [row.step for row in metrics] == [row.step for row in calm_metrics]
     assert [row.values["loss"] for row in metrics] == [row.values["loss"] for row in calm_metrics]
-    assert not (tmp_path / "runs" / "run" / "state" / "checkpoints").exists()  # it has ended well
+    assert not (home / "runs" / "run" / "state" / "checkpoints").exists()  # it has ended well
 
 
 async def test_another_config_under_a_known_run_id_is_refused_with_the_field(make_tiny, tmp_path):
