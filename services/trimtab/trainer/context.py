@@ -11,7 +11,8 @@ import torch
 
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
-from trimtab.trainer.metrics import MetricWriter, reported
+from trimtab.trainer.durable import fsync_file
+from trimtab.trainer.metrics import METRICS, MetricWriter, reported
 from trimtab.trainer.run import Run, RunState, StopRun
 from trimtab.trainer.run_record import RunFolder
 from trimtab.trainer.state import Checkpoints, TrainingState
@@ -67,6 +68,8 @@ class StageContext:
     def save(self, state: TrainingState) -> None:
         """Make a state durable."""
         self.run.doing(f"saving the state of step {state.step}")
+        if (rows := self.folder / METRICS).exists():
+            fsync_file(rows)  # the journal forgets a step once its checkpoint is there, so its row must be too
         Checkpoints(self.state.checkpoints).save(state)
 
     def between_steps(

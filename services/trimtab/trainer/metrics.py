@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from trimtab.trainer.durable import write_bytes
 from trimtab.trainer.run import Run, StepMetrics
 
+METRICS = "metrics.jsonl"
 METRIC = Gauge("trimtab_trainer_metric", "Newest value of a training metric.", ["run_id", "stage", "metric"])
 
 
@@ -35,7 +35,7 @@ class MetricWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._run = run
         self.last_step = known[-1].step if known else 0
-        self._lines = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._lines = (folder / METRICS).open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.last_step + 1 if known else None)
 
     def __enter__(self) -> MetricWriter:
@@ -52,7 +52,6 @@ class MetricWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         row = {"run_id": snapshot.run_id, "stage": snapshot.stage, "step": step, "time": now.isoformat(), **finite}
         self._lines.write(json.dumps(row) + "\n")
-        os.fsync(self._lines.fileno())  # before a checkpoint makes the journal forget the step
         for name, value in values.items():
             self._board.add_scalar(f"{snapshot.stage}/{name}", value, step)
             METRIC.labels(snapshot.run_id, snapshot.stage, name).set(value)
@@ -62,7 +61,7 @@ class MetricWriter:
 
 def reported(folder: Path, total_steps: int | None = None, up_to_step: int | None = None) -> list[StepMetrics]:
     """The steps in `folder`/metrics.jsonl; those after `up_to_step`, which will be computed again, are taken out."""
-    rows = keep_rows(folder / "metrics.jsonl", up_to_step)
+    rows = keep_rows(folder / METRICS, up_to_step)
     total = total_steps if total_steps is not None else max((row["step"] for row in rows), default=0)
     return [_event(row, total) for row in rows]
 
