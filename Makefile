@@ -29,6 +29,7 @@ wire: install          ## buf lint, breaking changes, freshness of the generated
 	$(BIN)/buf lint
 	.ci/proto_breaking.sh $(abspath $(BIN))/buf
 	$(BIN)/python clients/python/generate_stubs.py --check
+	$(BIN)/python services/trimtab/gateway/oip_v2/generate_stubs.py --check
 
 wheels: install        ## both wheels, tried in an empty environment: first the client alone, then trimtab
 	rm -rf dist build/empty-venv
@@ -69,6 +70,7 @@ bench: install         ## speed beside the peers, whose environments are made on
 
 protos: install        ## generate the stubs from protos/
 	$(BIN)/python clients/python/generate_stubs.py
+	$(BIN)/python services/trimtab/gateway/oip_v2/generate_stubs.py
 
 format: install        ## fix what ruff can fix
 	$(BIN)/ruff check --fix .

@@ -71,6 +71,9 @@ if TYPE_CHECKING:
         AsyncRewardClient,
         RewardClient,
     )
+    from trimtab_client.score_many import (
+        RowScore,
+    )
     from trimtab_client.trainer import (
         AsyncTrainerClient,
         TrainerClient,
@@ -94,6 +97,7 @@ _MODULES = {
     "ragged": "RaggedError RaggedFloats RaggedTokens decode_floats decode_ids encode_floats encode_ids",
     "reference": "AsyncReferenceClient ReferenceClient",
     "reward": "AsyncRewardClient RewardClient",
+    "score_many": "RowScore",
     "trainer": "AsyncTrainerClient TrainerClient",
     "versions": "AtLeast ModelVersion VersionPin",
 }
@@ -131,6 +135,7 @@ __all__ = [
     "ReferenceClient",
     "ResourceExhausted",
     "RewardClient",
+    "RowScore",
     "RunStatus",
     "Sampling",
     "ScorerInfo",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,18 @@ from trimtab_client.conversations import ChatMessage, chat_tokens, conversation_
 from trimtab_client.errors import contradiction
 from trimtab_client.messages import ModelInfo, PartScores, Scores
 from trimtab_client.models import AsyncModelClient, ModelClient, ServedLimits
+from trimtab_client.progress import Progress
 from trimtab_client.ragged import RaggedTokens, decode_floats
+from trimtab_client.score_many import (
+    BATCH_ROWS,
+    BATCHES_AT_ONCE_PER_ADDRESS,
+    Batches,
+    R,
+    RowScore,
+    is_pair,
+    score_in_batches,
+    score_in_batches_async,
+)
 from trimtab_client.splitting import consecutive, in_parts, split_tokens, starts
 from trimtab_client.v1 import reward_pb2, reward_pb2_grpc
 from trimtab_client.versions import ModelVersion, VersionPin, pin_to_proto
@@ -187,6 +198,38 @@ class RewardClient(ModelClient):
         program = chats_program(self._limits, conversations, version, options)
         return self._transport.run(program, timeout_s)
 
+    def score_many(
+        self,
+        rows: Iterable[R],
+        *,
+        batch_rows: int = BATCH_ROWS,
+        at_once: int | None = None,
+        progress: bool = False,
+        version: VersionPin | None = None,
+        truncate: bool = False,
+        timeout_s: float | None = None,
+    ) -> Generator[RowScore[R], None, None]:
+        """Score any number of rows: yields a `RowScore` each, in order, in bounded memory.
+
+        Rows are (prompt, response) tuples or conversations, from any iterable. They travel in batches of at most
+        `batch_rows` and of what a server takes in one request, `at_once` of them at a time (4 an address by default).
+        Each batch has the deadline and the retries of a call of its own; where it fails for good, its TrimtabError is
+        raised and what came before is yours. Closing the iterator sends no more.
+
+        Args:
+            progress: show a progress line on stderr, with what is left where `rows` has a length.
+            timeout_s: of a batch.
+        """
+
+        def score(batch: Sequence[Any]) -> Scores:
+            call = self.score_texts if is_pair(batch[0]) else self.score_chats
+            return call(batch, version, truncate, timeout_s)
+
+        info = self._transport.run(self._limits.get(), timeout_s)
+        shown = Progress(progress, len(rows) if isinstance(rows, Sized) else None)
+        most = at_once or BATCHES_AT_ONCE_PER_ADDRESS * len(self._transport.routing.addresses)
+        return score_in_batches(score, rows, Batches(info, batch_rows), most, shown)
+
 
 class AsyncRewardClient(AsyncModelClient):
     """Scores sequences; batches beyond the server's limits are split over the addresses.
@@ -244,3 +287,36 @@ class AsyncRewardClient(AsyncModelClient):
         options = ScoreOptions(truncate, scorer, deterministic, references)
         program = chats_program(self._limits, conversations, version, options)
         return await self._transport.run(program, timeout_s)
+
+    async def score_many(
+        self,
+        rows: Iterable[R] | AsyncIterable[R],
+        *,
+        batch_rows: int = BATCH_ROWS,
+        at_once: int | None = None,
+        progress: bool = False,
+        version: VersionPin | None = None,
+        truncate: bool = False,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[RowScore[R], None]:
+        """Score any number of rows: yields a `RowScore` each, in order, in bounded memory.
+
+        Rows are (prompt, response) tuples or conversations, from any iterable, asynchronous ones too. They travel in
+        batches of at most `batch_rows` and of what a server takes in one request, `at_once` of them at a time (4 an
+        address by default). Each batch has the deadline and the retries of a call of its own; where it fails for good,
+        its TrimtabError is raised and what came before is yours. Closing the iterator cancels what is in flight.
+
+        Args:
+            progress: show a progress line on stderr, with what is left where `rows` has a length.
+            timeout_s: of a batch.
+        """
+
+        async def score(batch: Sequence[Any]) -> Scores:
+            call = self.score_texts if is_pair(batch[0]) else self.score_chats
+            return await call(batch, version, truncate, timeout_s)
+
+        info = await self._transport.run(self._limits.get(), timeout_s)
+        shown = Progress(progress, len(rows) if isinstance(rows, Sized) else None)
+        most = at_once or BATCHES_AT_ONCE_PER_ADDRESS * len(self._transport.routing.addresses)
+        async for one in score_in_batches_async(score, rows, Batches(info, batch_rows), most, shown):
+            yield one

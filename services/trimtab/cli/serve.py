@@ -20,6 +20,7 @@ class Service(StrEnum):
     REWARD = "reward"
     REFERENCE = "reference"
     TRAINER = "trainer"
+    GATEWAY = "gateway"
 
 
 def serve(

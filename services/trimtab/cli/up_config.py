@@ -5,6 +5,7 @@ shared: {tls_cert: tls.crt, tls_key: tls.key, auth: {keys_file: keys.yaml}}
 generator: {model: "examples/models/stories260K-hf"}
 reward: {model: "version:first/reward", port: 7202}
 trainer: {services: {tls_ca: ca.crt, token_file: trainer.token}}
+gateway: {}    # HTTP before the services that the file starts; `reward` and `generator` name others
 """
 
 from __future__ import annotations
@@ -48,13 +49,17 @@ class UpConfig(BaseModel):
     reward: dict[str, Any] | None = None
     reference: dict[str, Any] | None = None
     trainer: dict[str, Any] | None = None
+    gateway: dict[str, Any] | None = None
 
     @property
     def sections(self) -> dict[str, dict[str, Any]]:
         """The sections that are there, by service, with what is shared filled in."""
         shared = ({"store": self.store} if self.store else {}) | self.shared
         given = {name: getattr(self, name) for name in SERVICES}
-        return {name: merged(shared, section) for name, section in given.items() if section is not None}
+        sections = {name: merged(shared, section) for name, section in given.items() if section is not None}
+        if "gateway" in sections:
+            sections["gateway"] = _fronted(sections) | sections["gateway"]
+        return sections
 
 
 def load_up_config(path: Path, shared: dict[str, Any] | None = None) -> UpConfig:
@@ -85,7 +90,7 @@ def load_up_config(path: Path, shared: dict[str, Any] | None = None) -> UpConfig
 def process_specs(config: UpConfig) -> list[ProcessSpec]:
     """The services as processes, on their default ports where a section names none."""
     sections = config.sections
-    threads = config.threads or fair_threads(len(sections))
+    threads = config.threads or fair_threads(len(sections.keys() - {"gateway"}))
     specs = []
     for name, section in sections.items():
         port = SERVICES[name].default_port
@@ -93,6 +98,15 @@ def process_specs(config: UpConfig) -> list[ProcessSpec]:
         own_threads = section.get("threads") or threads
         specs.append(service_process(name, ports | section, config.folder, threads=own_threads))
     return specs
+
+
+def _fronted(sections: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The addresses of the file's own services that a gateway stands before."""
+    return {
+        name: f"127.0.0.1:{sections[name].get('port', SERVICES[name].default_port)}"
+        for name in ("reward", "generator")
+        if name in sections
+    }
 
 
 def _check_section(name: str, section: dict[str, Any], path: Path) -> None:

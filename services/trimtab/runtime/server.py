@@ -55,14 +55,16 @@ class ServerContext:
     `background`, what must be closed at the end to `on_close` (called in reverse order, after the last call ended).
     """
 
-    def __init__(self, label: str, config: ServiceConfig) -> None:
+    def __init__(self, label: str, config: ServiceConfig, authenticator: Authenticator) -> None:
         self.label = label
         self.config = config
+        self.authenticator = authenticator
         self.metrics = Metrics()
         self.worker = DeviceWorker(f"{label}-device", threads=config.threads)
         self._others: list[DeviceWorker] = []
         self._worker_given = False
         self.draining = asyncio.Event()
+        self.ports: dict[str, int] = {}  # a room's own, beside the gRPC port; the ready file names them
         self._tasks: set[asyncio.Task[None]] = set()
         self._closers: list[Callable[[], Awaitable[None]]] = []
 
@@ -158,7 +160,7 @@ class RunningServer:
             )
         credentials = server_credentials(config)
         self._authenticator, audit = Authenticator(config.auth), AuditLog(config.auth.audit_file)
-        self.context = ServerContext(self._label, config)
+        self.context = ServerContext(self._label, config, self._authenticator)
         tracing.start(self._label, config.otlp_endpoint)
         self._calls = CallInterceptor(self.context.metrics, config.limits, self._authenticator, audit, self._label)
         self._health = health.Health(self._names)
@@ -259,7 +261,7 @@ class RunningServer:
         ports = {"port": self.port, "metrics_port": self.metrics_port, "health_port": self.health_port}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps({**ports, "pid": os.getpid()}), encoding="utf-8")
+        partial.write_text(json.dumps({**ports, **self.context.ports, "pid": os.getpid()}), encoding="utf-8")
         partial.replace(path)
 
 

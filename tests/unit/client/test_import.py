@@ -66,7 +66,8 @@ def test_the_two_styles_have_the_same_methods_with_the_same_arguments():
         assert methods == {key for key in dir(awaited) if not key.startswith("_")}
         for method in methods:
             mine, twin = inspect.signature(getattr(blocking, method)), inspect.signature(getattr(awaited, method))
-            assert str(mine.parameters) == str(twin.parameters), f"{name}Client.{method}"
+            asked = str(twin.parameters).replace(" | AsyncIterable[R]", "")  # which a blocking client cannot read
+            assert str(mine.parameters) == asked, f"{name}Client.{method}"
 
 
 def test_every_example_of_the_readme_is_python():

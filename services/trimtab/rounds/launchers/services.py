@@ -45,6 +45,7 @@ SERVICES: Mapping[str, ServiceKind] = {
         ServiceKind("reward", "trimtab.v1.RewardService", 7102, "RewardConfig"),
         ServiceKind("reference", "trimtab.v1.ReferenceService", 7103, "ReferenceConfig"),
         ServiceKind("trainer", "trimtab.v1.TrainerService", 7104, "TrainerConfig", needs_model=False),
+        ServiceKind("gateway", "inference.GRPCInferenceService", 7105, "GatewayConfig", needs_model=False),
     )
 }
 

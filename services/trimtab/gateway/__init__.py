@@ -1,0 +1,1 @@
+"""The HTTP edge: REST scoring and generation, and the dialects that other systems speak, over the SDK."""

@@ -1,0 +1,70 @@
+"""Who may call which route: the one table, and the check before anything of a body is read.
+
+A path that is not in the table needs credentials like any other, and then does not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+
+from trimtab.gateway.config import GatewayConfig
+from trimtab.gateway.problems import Problem
+from trimtab.gateway.rates import RateLimiter
+from trimtab.runtime.auth import Authenticator, require
+from trimtab.runtime.errors import ServiceError
+from trimtab.runtime.roles import ANY, PUBLIC
+
+ROLES = {
+    "/v1/score": "score",
+    "/v1/generate": "generate",
+    "/v1/models": ANY,
+    "/v1/models/{name}": ANY,
+    "/v1/completions": "generate",
+    "/v1/chat/completions": "generate",
+    "/get_reward": "score",
+    "/classify": "score",
+    "/openapi.json": ANY,
+}
+NO_CREDENTIALS = frozenset({"/healthz"})
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks; `name` holds nothing secret and is what limits and logs go by."""
+
+    name: str
+
+
+def route_of(path: str) -> str | None:
+    """The table's route of a path; None for one that does not exist."""
+    if path in ROLES or path in NO_CREDENTIALS:
+        return path
+    if path.startswith("/v1/models/"):
+        return "/v1/models/{name}"
+    return None
+
+
+class Gate:
+    """Admits callers by credentials, role and rate."""
+
+    def __init__(self, config: GatewayConfig, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+        self._rates = RateLimiter(config.requests_per_s, config.burst) if config.requests_per_s is not None else None
+
+    async def admit(self, route: str | None, headers: Headers, names: Sequence[str], host: str) -> Caller:
+        """Who calls, from `host` and with these names in their certificate; Problem 401, 403 or 429."""
+        if route in NO_CREDENTIALS:
+            return Caller(PUBLIC)
+        try:
+            principal = await self._authenticator.admit(headers, names)
+            require(principal, ROLES.get(route or "", ANY))
+        except ServiceError as error:
+            raise Problem(error.code.name, error.message, retry_after_s=error.retry_after_s) from None
+        caller = Caller(host if self._authenticator.is_open else principal.name)
+        wait_s = self._rates.wait_s(caller.name) if self._rates is not None else 0.0
+        if wait_s > 0:
+            raise Problem("RESOURCE_EXHAUSTED", "too many requests from this caller", retry_after_s=wait_s)
+        return caller

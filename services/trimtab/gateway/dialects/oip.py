@@ -1,0 +1,192 @@
+"""KServe's Open Inference Protocol v2 over gRPC, of the reward model: what Triton's and KServe's clients speak.
+
+A model is one of the reward model's names. Its inputs are BYTES tensors of equal shape [B] or [B, 1]: `prompt` and
+`response`, or `text` alone. Its outputs are FP32 [B]: `score`, the bare logit, and `normalized_score`. The parameter
+`truncate` cuts what is too long; a model version is a step.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grpc.aio
+import numpy as np
+from grpc import StatusCode
+
+from trimtab import __version__
+from trimtab.gateway.config import GatewayConfig
+from trimtab.gateway.oip_v2 import open_inference_grpc_pb2 as pb
+from trimtab.gateway.oip_v2 import open_inference_grpc_pb2_grpc as stubs
+from trimtab.gateway.problems import Problem
+from trimtab.gateway.upstreams import Upstreams
+from trimtab.runtime.errors import ServiceError, invalid, not_found
+from trimtab_client import AsyncRewardClient, ModelVersion, Scores, TrimtabError
+
+SERVICE_NAME = "inference.GRPCInferenceService"
+INPUTS = ("prompt", "response", "text")
+OUTPUTS = ("score", "normalized_score")
+READY_TIMEOUT_S = 5.0
+
+
+class OipServicer(stubs.GRPCInferenceServiceServicer):
+    """inference.GRPCInferenceService."""
+
+    def __init__(self, config: GatewayConfig, upstreams: Upstreams) -> None:
+        self._config = config
+        self._upstreams = upstreams
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: Any) -> pb.ServerLiveResponse:
+        """The gateway runs."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: Any) -> pb.ServerReadyResponse:
+        """The reward service answers."""
+        return pb.ServerReadyResponse(ready=await self._ready(self._config.reward_names[0]))
+
+    async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Any) -> pb.ServerMetadataResponse:
+        """Who this is."""
+        return pb.ServerMetadataResponse(name="trimtab", version=__version__)
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:
+        """The model is known and its service answers."""
+        return pb.ModelReadyResponse(ready=await self._ready(request.name))
+
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Any) -> pb.ModelMetadataResponse:
+        """Inputs, outputs and the version that is served."""
+        client = self._client(request.name, "name")
+        try:
+            info = await client.get_model(READY_TIMEOUT_S)
+        except TrimtabError as error:
+            raise _as_service_error(error) from error
+        Tensor = pb.ModelMetadataResponse.TensorMetadata
+        return pb.ModelMetadataResponse(
+            name=request.name,
+            versions=[str(info.version.step)],
+            platform="trimtab_reward",
+            inputs=[Tensor(name=name, datatype="BYTES", shape=[-1]) for name in INPUTS],
+            outputs=[Tensor(name=name, datatype="FP32", shape=[-1]) for name in OUTPUTS],
+        )
+
+    async def ModelInfer(
+        self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ModelInferResponse:
+        """Score a batch."""
+        client = self._client(request.model_name, "model_name")
+        pairs = read_pairs(request)
+        wanted = _wanted(request)
+        left_s = context.time_remaining()
+        timeout_s = self._config.timeout_s if left_s is None else min(left_s, self._config.max_timeout_s)
+        try:
+            found = await client.score_texts(pairs, _pin(request.model_version), _truncate(request), timeout_s)
+        except TrimtabError as error:
+            raise _as_service_error(error) from error
+        return _response(request, wanted, found)
+
+    async def _ready(self, name: str) -> bool:
+        try:
+            await self._client(name, "name").get_model(READY_TIMEOUT_S)
+        except (ServiceError, TrimtabError):
+            return False
+        return True
+
+    def _client(self, name: str, field: str) -> AsyncRewardClient:
+        try:
+            return self._upstreams.reward(name, field)
+        except Problem as problem:
+            raise not_found(problem.message, field=field) from None
+
+
+def read_pairs(request: pb.ModelInferRequest) -> list[tuple[str, str]]:
+    """The (prompt, response) pairs of a request; ServiceError INVALID_ARGUMENT naming the input that is wrong."""
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise invalid("raw_input_contents", f"{len(raw)} tensors for {len(request.inputs)} inputs")
+    columns: dict[str, list[str]] = {}
+    for index, tensor in enumerate(request.inputs):
+        field = f"inputs[{index}]"
+        if tensor.name not in INPUTS:
+            raise invalid(f"{field}.name", f"{tensor.name!r} is none of {', '.join(INPUTS)}")
+        if tensor.name in columns:
+            raise invalid(f"{field}.name", f"{tensor.name!r} comes twice")
+        if raw and tensor.HasField("contents"):
+            raise invalid(f"{field}.contents", "must be empty beside raw_input_contents")
+        values = list(_unpacked(raw[index], index)) if raw else list(tensor.contents.bytes_contents)
+        columns[tensor.name] = _texts(tensor, field, values)
+    given = set(columns)
+    if given == {"text"}:
+        return [("", text) for text in columns["text"]]
+    if given != {"prompt", "response"}:
+        raise invalid("inputs", f"give prompt and response, or text alone; got {', '.join(sorted(given)) or 'nothing'}")
+    if len(columns["prompt"]) != len(columns["response"]):
+        raise invalid("inputs", f"{len(columns['prompt'])} prompts for {len(columns['response'])} responses")
+    return list(zip(columns["prompt"], columns["response"], strict=True))
+
+
+def _texts(tensor: pb.ModelInferRequest.InferInputTensor, field: str, values: Sequence[bytes]) -> list[str]:
+    if tensor.datatype != "BYTES":
+        raise invalid(f"{field}.datatype", f"{tensor.datatype!r}; texts are BYTES")
+    shape = list(tensor.shape)
+    if not (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)) or shape[0] < 1:
+        raise invalid(f"{field}.shape", f"{shape} is neither [B] nor [B, 1] with B of at least 1")
+    if len(values) != shape[0]:
+        raise invalid(f"{field}.shape", f"says {shape[0]}, but there are {len(values)} texts")
+    try:
+        return [value.decode("utf-8") for value in values]
+    except UnicodeDecodeError:
+        raise invalid(f"{field}.contents", "holds bytes that are not UTF-8") from None
+
+
+def _unpacked(raw: bytes, index: int) -> Iterator[bytes]:
+    """The elements of a raw BYTES tensor, each behind its length in four little-endian bytes."""
+    at = 0
+    while at < len(raw):
+        if at + 4 > len(raw):
+            raise invalid(f"raw_input_contents[{index}]", "ends within a length")
+        (size,) = struct.unpack_from("<I", raw, at)
+        at += 4 + size
+        if at > len(raw):
+            raise invalid(f"raw_input_contents[{index}]", f"ends within an element of {size} bytes")
+        yield raw[at - size : at]
+
+
+def _wanted(request: pb.ModelInferRequest) -> list[str]:
+    for index, output in enumerate(request.outputs):
+        if output.name not in OUTPUTS:
+            raise invalid(f"outputs[{index}].name", f"{output.name!r} is none of {', '.join(OUTPUTS)}")
+    return [output.name for output in request.outputs] or list(OUTPUTS)
+
+
+def _pin(version: str) -> ModelVersion | None:
+    if not version:
+        return None
+    if not version.isdigit() or len(version) > 18:
+        raise invalid("model_version", f"{version!r} is no step")
+    return ModelVersion("", "", int(version))
+
+
+def _truncate(request: pb.ModelInferRequest) -> bool:
+    for name, value in request.parameters.items():
+        if name == "truncate" and value.WhichOneof("parameter_choice") != "bool_param":
+            raise invalid("parameters.truncate", "is no bool")
+    return "truncate" in request.parameters and request.parameters["truncate"].bool_param
+
+
+def _response(request: pb.ModelInferRequest, wanted: Sequence[str], found: Scores) -> pb.ModelInferResponse:
+    values = {"score": found.scores, "normalized_score": found.normalized_scores}
+    response = pb.ModelInferResponse(
+        model_name=request.model_name, model_version=str(found.version.step), id=request.id
+    )
+    for name in wanted:
+        output = response.outputs.add(name=name, datatype="FP32", shape=[len(values[name])])
+        if request.raw_input_contents:  # the answer comes as the question came
+            response.raw_output_contents.append(values[name].astype("<f4").tobytes())
+        else:
+            output.contents.fp32_contents.extend(np.asarray(values[name], dtype=np.float32).tolist())
+    return response
+
+
+def _as_service_error(error: TrimtabError) -> ServiceError:
+    code = getattr(StatusCode, error.code, StatusCode.INTERNAL)
+    return ServiceError(code, error.message, field=error.field, retry_after_s=error.retry_after_s)

@@ -1,0 +1,62 @@
+"""OpenRLHF's remote reward request: `--reward.remote_url http://gateway:7120/get_reward` instead of its `serve_rm`.
+
+Its trainer sends the decoded whole of prompt and response as `query`, special tokens included, beside the prompt. The
+part behind the prompt is scored as the response; where `query` does not begin with its prompt, all of it is.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from trimtab.gateway.guard import visit_of
+from trimtab.gateway.json_bodies import JsonRoute
+from trimtab.gateway.problems import POSTED, documented, refused
+from trimtab.gateway.room import room_of
+from trimtab.gateway.schemas import Body, Text
+from trimtab_client.adapters.openrlhf import split_query
+
+router = APIRouter(route_class=JsonRoute, tags=["dialects"])
+
+
+class RemoteRewardBody(Body):
+    """What OpenRLHF posts; `labels` and anything else that it adds are for rule-based rewards."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [{"query": ["How are you? Fine."], "prompts": ["How are you?"], "labels": [""]}]
+        },
+    )
+
+    query: Annotated[list[Text], Field(min_length=1)]
+    prompts: list[Text] | None = None
+    labels: Any = None
+
+
+class RemoteRewardReply(BaseModel):
+    """Raw scores, as its own server answers; the normalised ones go into its logs."""
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]]
+
+
+@router.post("/get_reward", responses=documented(*POSTED))
+async def get_reward(request: Request, body: RemoteRewardBody) -> RemoteRewardReply:
+    """OpenRLHF's remote reward model."""
+    room = room_of(request)
+    client = room.upstreams.reward(None)
+    prompts = body.prompts or [""] * len(body.query)
+    if len(prompts) != len(body.query):
+        raise refused("prompts", f"{len(prompts)} for {len(body.query)} queries")
+    pairs = [
+        split_query(query, prompt, room.config.strip_special) for query, prompt in zip(body.query, prompts, strict=True)
+    ]
+    found = await client.score_texts(pairs, timeout_s=visit_of(request).left_s)
+    scores = found.scores.tolist()
+    return RemoteRewardReply(
+        rewards=scores, scores=scores, extra_logs={"normalized_scores": found.normalized_scores.tolist()}
+    )

@@ -1,0 +1,121 @@
+"""uvicorn inside the process's own event loop: listens, renews its certificate, and ends with the gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from trimtab.gateway.config import GatewayConfig
+from trimtab.gateway.guard import CERTIFICATE_NAMES
+from trimtab.runtime.errors import StartError
+from trimtab.runtime.tls import TlsFiles
+
+RENEW_EVERY_S = 5.0
+BACKLOG = 2048
+
+
+class _NamesPeers(H11Protocol):
+    """Tells the application which names a client's certificate holds; TLS has checked the certificate itself."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        tls = transport.get_extra_info("ssl_object")
+        shown = (tls.getpeercert() or {}) if tls is not None else {}
+        names = tuple(value for _, value in shown.get("subjectAltName", ()))
+        self.app_state = {**self.app_state, CERTIFICATE_NAMES: names}
+
+
+class _Quiet(uvicorn.Server):
+    """Leaves signals to the process's own handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """One HTTP port. StartError where it is taken or the certificate cannot be read."""
+
+    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
+        self._config = config
+        self._settings = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level=config.log_level,
+            access_log=False,  # the guard logs, with request ids
+            server_header=False,
+            http=_NamesPeers,
+            lifespan="off",
+            ws="none",
+            h11_max_incomplete_event_size=64 * 1024,
+            timeout_graceful_shutdown=max(1, round(config.grace_s)),
+            ssl_certfile=str(config.tls_cert) if config.tls_cert else None,
+            ssl_keyfile=str(config.tls_key) if config.tls_key else None,
+            ssl_ca_certs=str(config.tls_client_ca) if config.tls_client_ca else None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if config.tls_client_ca else ssl.CERT_NONE,
+        )
+        self._server = _Quiet(self._settings)
+        self._tasks: list[asyncio.Task[None]] = []
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        """The URL as a client on this machine opens it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]"}.get(self._config.host, self._config.host)
+        return f"{'https' if self._config.has_tls else 'http'}://{host}:{self.port}"
+
+    async def start(self) -> None:
+        """Listen."""
+        bound = _bind(self._config)
+        self.port = bound.getsockname()[1]
+        try:
+            self._settings.load()
+        except (OSError, ssl.SSLError) as error:
+            bound.close()
+            raise StartError(f"tls_cert: cannot use {self._config.tls_cert}: {error}") from None
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._server.serve(sockets=[bound]), name="gateway-http")]
+        cert, key = self._config.tls_cert, self._config.tls_key
+        if cert is not None and key is not None:
+            files = TlsFiles(cert, key, self._config.tls_client_ca)
+            self._tasks.append(loop.create_task(self._renew(files), name="gateway-certificate"))
+
+    async def close(self) -> None:
+        """Refuse new connections, let requests finish within the grace period, and end."""
+        self._server.should_exit = True
+        serving, *others = self._tasks
+        for task in others:
+            task.cancel()
+        await asyncio.gather(serving, *others, return_exceptions=True)
+
+    async def _renew(self, files: TlsFiles) -> None:
+        """Load changed files into the context that new connections are made with."""
+        context, config = self._settings.ssl, self._config
+        assert context is not None and config.tls_cert is not None
+        while True:
+            await asyncio.sleep(RENEW_EVERY_S)
+            if files.renewed() is None:
+                continue
+            context.load_cert_chain(config.tls_cert, config.tls_key)
+            if config.tls_client_ca is not None:
+                context.load_verify_locations(config.tls_client_ca)
+
+
+def _bind(config: GatewayConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((config.host.strip("[]"), config.http_port))
+        bound.listen(BACKLOG)  # who asks before uvicorn is ready waits instead of being refused
+    except OSError as error:
+        bound.close()
+        raise StartError(f"http_port: cannot listen on {config.host}:{config.http_port}: {error.strerror}") from None
+    return bound

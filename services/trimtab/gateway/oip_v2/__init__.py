@@ -1,0 +1,1 @@
+"""The Open Inference Protocol v2: its proto file as published by the KServe authors, and stubs generated from it."""

@@ -1,0 +1,115 @@
+"""`/v1/score`: the reward model's score of prompt–response pairs, conversations or token ids."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+from fastapi import APIRouter, Body, Request
+from pydantic import BaseModel, Discriminator, Field, Tag
+
+from trimtab.gateway.guard import visit_of
+from trimtab.gateway.json_bodies import JsonRoute
+from trimtab.gateway.problems import POSTED, documented, refused
+from trimtab.gateway.room import room_of
+from trimtab.gateway.schemas import Body as Fields
+from trimtab.gateway.schemas import Conversation, Pin, Text, TokenId, Version, messages_of, which
+from trimtab_client import RaggedTokens, Scores
+
+router = APIRouter(route_class=JsonRoute, tags=["trimtab"])
+
+
+class Pair(Fields):
+    """A prompt and a response to it, as texts."""
+
+    prompt: Text = Field(examples=["How do I boil an egg?"])
+    response: Text = Field(examples=["Eight minutes in boiling water."])
+
+
+class ScoreOptions(Fields):
+    """What every form of the body may say."""
+
+    model: str | None = Field(default=None, max_length=256, description="A name of /v1/models; the only one if absent.")
+    truncate: bool = Field(default=False, description="Cut what is too long at its end instead of refusing it.")
+    version: Pin | None = None
+
+
+class ScorePairs(ScoreOptions):
+    """Texts, encoded by the reward model's own tokenizer."""
+
+    items: list[Pair] = Field(min_length=1)
+
+
+class ScoreConversations(ScoreOptions):
+    """Conversations through the reward model's own chat template; the last message is the response."""
+
+    conversations: list[Conversation] = Field(min_length=1)
+
+
+class ScoreTokens(ScoreOptions):
+    """Token ids of the tokenizer with that digest, which must be the reward model's."""
+
+    token_ids: list[Annotated[list[TokenId], Field(min_length=1)]] = Field(min_length=1)
+    tokenizer_digest: str = Field(max_length=256, description="From /v1/models.")
+
+
+ScoreBody = Annotated[
+    Annotated[ScorePairs, Tag("<items>")]
+    | Annotated[ScoreConversations, Tag("<conversations>")]
+    | Annotated[ScoreTokens, Tag("<token_ids>")],
+    Discriminator(which("items", "conversations", "token_ids")),
+]
+
+
+class ScoreReply(BaseModel):
+    """One score a sequence, in the order of the request."""
+
+    scores: list[float] = Field(description="The bare logit.", examples=[[1.25]])
+    normalized_scores: list[float] = Field(
+        description="(score - mean) / deviation, with the version's own constants.", examples=[[0.5]]
+    )
+    truncated: list[int] = Field(description="Positions of what was cut.")
+    version: Version
+
+
+EXAMPLES = {
+    "pairs": {"value": {"items": [{"prompt": "How do I boil an egg?", "response": "Eight minutes in boiling water."}]}},
+    "conversations": {
+        "value": {
+            "conversations": [
+                [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello. How can I help?"}]
+            ]
+        }
+    },
+    "tokens": {"value": {"token_ids": [[1, 403, 261]], "tokenizer_digest": "blake3:…", "truncate": True}},
+}
+
+
+@router.post("/v1/score", responses=documented(*POSTED))
+async def score(request: Request, body: Annotated[ScoreBody, Body(openapi_examples=EXAMPLES)]) -> ScoreReply:  # type: ignore[arg-type]
+    """Score sequences. A score does not depend on what else is in the batch; large batches are split over replicas."""
+    client = room_of(request).upstreams.reward(body.model)
+    pin = body.version.rule() if body.version is not None else None
+    timeout_s = visit_of(request).left_s
+    if isinstance(body, ScorePairs):
+        pairs = [(item.prompt, item.response) for item in body.items]
+        found = await client.score_texts(pairs, pin, body.truncate, timeout_s)
+    elif isinstance(body, ScoreConversations):
+        conversations = [messages_of(conversation) for conversation in body.conversations]
+        found = await client.score_chats(conversations, pin, body.truncate, timeout_s)
+    else:
+        if not body.tokenizer_digest:
+            raise refused("tokenizer_digest", "is empty; /v1/models names it")
+        tokens = RaggedTokens.from_sequences([np.asarray(ids, dtype=np.int32) for ids in body.token_ids])
+        found = await client.score_tokens(tokens, body.tokenizer_digest, pin, body.truncate, timeout_s)
+    return reply_of(found)
+
+
+def reply_of(found: Scores) -> ScoreReply:
+    """The SDK's scores as they are shown."""
+    return ScoreReply(
+        scores=found.scores.tolist(),
+        normalized_scores=found.normalized_scores.tolist(),
+        truncated=list(found.truncated),
+        version=Version.of(found.version),
+    )

@@ -1,0 +1,86 @@
+"""The services behind the gateway, as clients of the SDK, and the names that callers know them by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trimtab.gateway.config import GatewayConfig
+from trimtab.gateway.problems import Problem
+from trimtab.runtime.errors import StartError
+from trimtab_client import AsyncGeneratorClient, AsyncRewardClient, ChannelOptions, Tls
+
+# A full queue is the caller's to wait for: it is told at once. Another address of the service is tried all the same.
+RETRIES = 1
+
+
+class Upstreams:
+    """Clients of the services; StartError where the token file cannot be read or would travel without TLS."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._config = config
+        options = _options(config)
+        try:
+            self._reward = AsyncRewardClient(config.reward, options) if config.reward else None
+            self._generator = AsyncGeneratorClient(config.generator, options) if config.generator else None
+        except ValueError as error:
+            raise StartError(f"reward, generator: {error}") from None
+
+    def reward(self, model: str | None, field: str = "model") -> AsyncRewardClient:
+        """The client of the reward service; Problem 404 where there is none by that name."""
+        client = self._reward
+        if client is None or (model is not None and model not in self._config.reward_names):
+            raise self._unknown(model, field, self._config.reward_names if client is not None else ())
+        return client
+
+    def generator(self, model: str | None, field: str = "model") -> AsyncGeneratorClient:
+        """The client of the generator; Problem 404 where there is none by that name."""
+        client = self._generator
+        if client is None or (model is not None and model not in self._config.generator_names):
+            raise self._unknown(model, field, self._config.generator_names if client is not None else ())
+        return client
+
+    def served(self) -> list[tuple[str, str, AsyncRewardClient | AsyncGeneratorClient]]:
+        """Name, role and client of each service."""
+        found: list[tuple[str, str, AsyncRewardClient | AsyncGeneratorClient]] = []
+        if self._generator is not None:
+            found.append((self._config.generator_names[0], "generate", self._generator))
+        if self._reward is not None:
+            found.append((self._config.reward_names[0], "score", self._reward))
+        return found
+
+    @property
+    def reward_name(self) -> str:
+        """The first of the reward model's names."""
+        return self._config.reward_names[0]
+
+    async def close(self) -> None:
+        """Close the channels."""
+        for client in (self._reward, self._generator):
+            if client is not None:
+                await client.close()
+
+    def _unknown(self, model: str | None, field: str, names: tuple[str, ...]) -> Problem:
+        if not names:
+            return Problem("NOT_FOUND", "this gateway has no such service behind it", field=field)
+        known = ", ".join(repr(name) for name in names)
+        return Problem("NOT_FOUND", f"{field}: no model {model!r} here; there is {known}", field=field)
+
+
+def _options(config: GatewayConfig) -> ChannelOptions:
+    secured = config.upstream_ca is not None or config.upstream_cert is not None
+    tls = Tls(config.upstream_ca, config.upstream_cert, config.upstream_key, config.upstream_server_name)
+    return ChannelOptions(
+        tls=tls if secured else None,
+        token=_token(config.upstream_token_file),
+        timeout_s=config.timeout_s,
+        retries=RETRIES,
+    )
+
+
+def _token(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise StartError(f"upstream_token_file: cannot read {path}: {error.strerror}") from None
