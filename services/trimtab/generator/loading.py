@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from trimtab.generator.config import GeneratorConfig
 from trimtab.generator.engine import StagedWeights
 from trimtab.generator.local import selfcheck
+from trimtab.kernels.selfcheck import KernelMismatchError, check_selected_logprobs
 from trimtab.models.errors import ModelLoadError
 from trimtab.models.folders import load_pretrained
 from trimtab.models.policy import Policy
@@ -48,7 +49,10 @@ def load_policy(config: GeneratorConfig, store: Store | None) -> LoadedPolicy:
         model = load_pretrained(AutoModelForCausalLM, source.path_or_id, dtype=config.dtype, attention=None)
         policy = Policy(model.to(config.device), load_tokenizer(source.path_or_id), config.model)  # type: ignore[arg-type]
         if config.self_check:
+            check_selected_logprobs(config.device)
             selfcheck.prepare(policy.model)
+    except KernelMismatchError as error:
+        raise StartError(f"kernels: {error}") from error
     except (store_errors.StoreError, ModelLoadError, ValueError) as error:
         raise StartError(f"model: {error}") from error
     return LoadedPolicy(policy, source.version)
