@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from trimtab.gateway.config import GatewayConfig
@@ -27,7 +27,7 @@ PORTS: dict[str, Any] = {"port": 0, "metrics_port": None}
 class Edge:
     """A running gateway. `http` speaks to it; `url` and `grpc` are its addresses."""
 
-    http: httpx.AsyncClient
+    http: httpx2.AsyncClient
     url: str
     grpc: str
 
@@ -38,7 +38,7 @@ async def gateway(**settings: Any) -> AsyncIterator[Edge]:
     config = GatewayConfig(**PORTS | {"http_port": 0, "requests_per_s": None} | settings)
     async with RunningServer(LABEL, config, services=SERVICES, load=load) as server:
         url = f"http://127.0.0.1:{server.context.ports['http_port']}"
-        async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as http:
+        async with httpx2.AsyncClient(base_url=url, timeout=TIMEOUT_S) as http:
             yield Edge(http, url, server.address)
 
 

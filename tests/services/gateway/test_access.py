@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from cryptography import x509
 
@@ -55,11 +55,11 @@ class Secured:
         self._authority = authority
         self.url = f"https://127.0.0.1:{port}"
 
-    def open(self, own: tuple[Path, Path] | None = None) -> httpx.AsyncClient:
+    def open(self, own: tuple[Path, Path] | None = None) -> httpx2.AsyncClient:
         context = ssl.create_default_context(cafile=str(self._authority.ca))
         if own is not None:
             context.load_cert_chain(*own)
-        return httpx.AsyncClient(base_url=self.url, verify=context, timeout=TIMEOUT_S)
+        return httpx2.AsyncClient(base_url=self.url, verify=context, timeout=TIMEOUT_S)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         context = ssl.create_default_context(cafile=str(self._authority.ca))
@@ -160,7 +160,7 @@ async def test_a_certificate_s_names_have_roles(authority, tmp_path):
         assert await opened.outcomes(None, stranger) == everywhere(UNKNOWN_CALLER)
         foreign = Authority.make(tmp_path / "other").issue("foreign", x509.DNSName("only-score.example"))
         for own in (None, foreign, authority.issue("late", x509.DNSName("only-score.example"), ended=True)):
-            with pytest.raises(httpx.TransportError):
+            with pytest.raises(httpx2.TransportError):
                 await opened.outcomes(None, own)
 
 

@@ -6,7 +6,7 @@ import resource
 from collections import Counter
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.services.gateway.conftest import Edge
@@ -84,8 +84,8 @@ async def test_a_body_that_is_not_called_json_is_415(edge, content_type):
 
 async def test_a_caller_that_hangs_up_ends_the_work_behind_the_gateway(edge):
     body = {"prompts": ["w1"] * 200, "sampling": {"max_tokens": 60, "ignore_eos": True, "n": 8}}
-    with pytest.raises(httpx.ReadTimeout):
-        await edge.http.post("/v1/generate", json=body, timeout=httpx.Timeout(10, read=0.2))
+    with pytest.raises(httpx2.ReadTimeout):
+        await edge.http.post("/v1/generate", json=body, timeout=httpx2.Timeout(10, read=0.2))
     quick = {"prompts": ["w1"], "sampling": {"max_tokens": 1}}
     assert (await edge.http.post("/v1/generate", json=quick, timeout=5)).status_code == 200
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import grpc
-import httpx
+import httpx2
 import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -35,12 +35,12 @@ def test_it_serves_until_sigterm_and_is_probed_over_grpc(tmp_path: Path) -> None
             time.sleep(0.05)
         ports = json.loads(ready.read_text())
         url = f"http://127.0.0.1:{ports['http_port']}"
-        assert httpx.get(f"{url}/healthz", timeout=10).json() == {"status": "serving"}
+        assert httpx2.get(f"{url}/healthz", timeout=10).json() == {"status": "serving"}
         with grpc.insecure_channel(f"127.0.0.1:{ports['port']}") as channel:
             request = health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService")
             answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
-        metrics = httpx.get(f"http://127.0.0.1:{ports['metrics_port']}/metrics", timeout=10).text
+        metrics = httpx2.get(f"http://127.0.0.1:{ports['metrics_port']}/metrics", timeout=10).text
         assert 'trimtab_requests_total{code="200",method="/healthz",service="http"} 1.0' in metrics
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
