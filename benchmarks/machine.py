@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,14 @@ def cpu_seconds(pid: int) -> float:
     return (int(after_name[11]) + int(after_name[12])) / TICKS_PER_S
 
 
-def peak_rss_mb(pid: int) -> float:
-    """Peak resident memory of a live process; shared libraries count in each process that maps them."""
-    peak = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return int(peak[1]) / 1024 if peak else 0.0
+def peak_memory_mb(pids: Iterable[int]) -> float:
+    """Peak resident memory of live processes, as if all peaks fell together; file pages (libraries) count once."""
+    states = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
+    files = [_kilobytes("RssFile", state) for state in states]
+    own = sum(_kilobytes("VmHWM", state) - file for state, file in zip(states, files, strict=True))
+    return (own + max(files, default=0)) / 1024
+
+
+def _kilobytes(field: str, state: str) -> int:
+    found = re.search(rf"{field}:\s*(\d+) kB", state)
+    return int(found[1]) if found else 0

@@ -18,7 +18,7 @@ from statistics import mean
 import numpy as np
 
 from benchmarks.lengths_proxy import LengthsProxy
-from benchmarks.machine import cpu_seconds, peak_rss_mb
+from benchmarks.machine import cpu_seconds, peak_memory_mb
 from benchmarks.models import WorkFolder
 from benchmarks.sides import Case, SideRun
 from trimtab.rounds.launchers.local import Supervisor
@@ -68,7 +68,7 @@ def run_trimtab(
             elif event.finished and event.state != "succeeded":
                 raise RuntimeError(f"our run {event.state} at step {event.step}: {event.error} (logs in {scratch})")
         cores_used = (sum(map(cpu_seconds, pids)) - started_cpu_s) / (time.perf_counter() - started_s)
-        resident_mb = sum(map(peak_rss_mb, pids[1:]))
+        resident_mb = peak_memory_mb(pids[1:])
     check_lengths(folder, case, steps)
     measured = tuple(stages(step, before) for before, step in zip([None, *steps], steps, strict=False))
     return SideRun(

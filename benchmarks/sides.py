@@ -43,7 +43,7 @@ class SideRun:
         updates: seconds by stage of each measured update (the first is left out), with the whole under "update".
         optimizer_steps: of one update.
         cores_used: mean cores that all its processes together kept busy during its updates.
-        peak_rss_mb: of all its processes together.
+        peak_rss_mb: of all its processes together; shared file pages count once.
     """
 
     side: str
