@@ -11,6 +11,7 @@ from trimtab import __version__
 from trimtab.cli import data, keys, label, rounds, versions
 from trimtab.cli.compare import compare
 from trimtab.cli.demo import demo
+from trimtab.cli.deploy import deploy
 from trimtab.cli.errors import exit_with
 from trimtab.cli.generate import generate
 from trimtab.cli.job import job
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, up, serve, train, job, generate, score, compare):
+for command in (demo, up, serve, train, job, generate, score, compare, deploy):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(keys.app, name="keys")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,13 @@ app = typer.Typer(
 )
 
 
+class Place(StrEnum):
+    """Where a run's services are."""
+
+    LOCAL = "local"
+    KUBERNETES = "kubernetes"
+
+
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; docs/rounds.md describes it.")],
@@ -24,6 +32,17 @@ def run(
     until: Annotated[str | None, typer.Option(metavar="ROUND/STAGE", help="Stop behind this stage.")] = None,
     wait: Annotated[bool, typer.Option(help="Wait for rankings; with --no-wait exit 1 where some are missing.")] = True,
     assignments: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting.")] = None,
+    on: Annotated[Place, typer.Option(help="Where services and training run.")] = Place.LOCAL,
+    store: Annotated[
+        str | None, typer.Option(envvar="TRIMTAB_STORE", help="On kubernetes: URL of the version store.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(envvar="TRIMTAB_DATA", help="On kubernetes: URL under which training data is put.")
+    ] = None,
+    namespace: Annotated[str, typer.Option(help="On kubernetes: whose services; this pod's by default.")] = "",
+    share_gpus: Annotated[
+        bool, typer.Option(help="On kubernetes: model services lend their GPUs while SFT and reward model train.")
+    ] = False,
 ) -> None:
     """Run a recipe's rounds; the same command again goes on where the last one stopped or was killed."""
     from rich.console import Console
@@ -33,13 +52,18 @@ def run(
     from trimtab.cli.stage_config import stage_config
     from trimtab.cli.watch_run import RunWatcher
     from trimtab.rounds.recipe import parse_recipe
-    from trimtab.rounds.run import run_rounds
+    from trimtab.rounds.run import OnCluster, run_rounds
     from trimtab.rounds.stages.context import StageConfigs
 
     values = merged(read_yaml(recipe), parse_assignments(assignments or []))
     parsed = parse_recipe(values, str(recipe)).resolved(recipe.resolve().parent)
     sections = {"sft": parsed.sft, "reward": parsed.reward, "ppo": parsed.ppo.settings}
     configs = {name: stage_config(name, settings, f"{recipe}: {name}") for name, settings in sections.items()}
+    cluster = None
+    if on is Place.KUBERNETES:
+        if not store or not data:
+            raise typer.BadParameter("--on kubernetes needs --store and --data, URLs of an object store")
+        cluster = OnCluster(store, data, namespace, share_gpus)
     console = Console(highlight=False)
 
     def watch(address: str, stage: str, run_id: str, config: object) -> None:
@@ -55,6 +79,7 @@ def run(
             say=lambda text: console.print(text, soft_wrap=True, markup=False),
             wait=wait,
             until=until,
+            cluster=cluster,
         )
     if page is not None:
         console.print(f"report  {page}", soft_wrap=True)

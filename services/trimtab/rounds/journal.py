@@ -84,6 +84,11 @@ class Journal:
         """The record of a completed stage."""
         return next((event for event in self.events if event.event == "done" and event.stage == stage), None)
 
+    @property
+    def newest_stage(self) -> str:
+        """The stage that was started last; "" before the first."""
+        return next((event.stage for event in reversed(self.events) if event.event == "started"), "")
+
     def attempts(self, stage: str) -> int:
         """How often a stage was started."""
         return sum(event.event == "started" and event.stage == stage for event in self.events)

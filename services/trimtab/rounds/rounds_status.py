@@ -75,7 +75,7 @@ def _stage(journal: Journal, folder: Path, recipe: Recipe, name: str, running: b
     if not running:
         return StageStatus(name, "cut off", "it will be started again", None)
     seconds = (datetime.now(UTC) - started.at).total_seconds()
-    if last.event == "waiting":
+    if last.event == "waiting" and last.detail:
         return StageStatus(name, "waiting", last.detail, seconds)
     return StageStatus(name, "running", _progress(folder, recipe, name, started), seconds)
 

@@ -15,7 +15,14 @@ from trimtab.rounds.launchers.services import SERVICES
 from trimtab.runtime.config import load_config
 
 READ_BY_LIBRARIES = {"HOME", "HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "AWS_CONFIG_FILE"}
-READ_BY_LIBRARIES |= {"AWS_SHARED_CREDENTIALS_FILE", "PGSERVICEFILE", "JOBSET_NAME", "RENDEZVOUS"}
+READ_BY_LIBRARIES |= {
+    "VLLM_CACHE_ROOT",
+    "VLLM_NO_USAGE_STATS",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "PGSERVICEFILE",
+    "JOBSET_NAME",
+    "RENDEZVOUS",
+}
 
 
 def ours():
@@ -60,8 +67,6 @@ def config_class(name):
 def test_the_command_line_is_one_that_trimtab_takes(installation, pod):
     args = list(pod.spec["containers"][0]["args"])
     command = typer.main.get_command(app)
-    if pod.name == "rounds":
-        args = args[:-2]
     context = command.make_context("trimtab", args)
     while hasattr(command, "resolve_command"):
         name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
@@ -94,6 +99,8 @@ def test_settings_are_accepted_and_listen_where_the_pod_says(installation, pod, 
         assert settings.device == ("cuda" if installation.overlay == "gpu" else "cpu")
         assert (settings.tls_client_ca is not None) == (installation.overlay == "gpu")
         assert settings.auth.is_open == (installation.overlay == "dev")
+    if pod.name == "trainer":
+        assert (settings.services.options().tls is not None) == (installation.overlay == "gpu")
 
 
 @pytest.mark.parametrize(("installation", "pod"), ours())
@@ -102,8 +109,9 @@ def test_every_variable_is_read_by_someone(installation, pod):
     if pod.name in SERVICES or pod.name == "labeling":
         fields = {f"TRIMTAB_{name.upper()}" for name in config_class(pod.name).model_fields}
     fields |= {"TRIMTAB_STORE", "TRIMTAB_DATA"} if pod.name == "rounds" else set()
-    fields |= {f"TRIMTAB_CLIENT_{name}" for name in ("TLS_CA", "TLS_CERT", "TLS_KEY")}
-    assert set(environment(installation, pod)) <= fields | READ_BY_LIBRARIES
+    fields |= {f"TRIMTAB_CLIENT_{name}" for name in ("TLS_CA", "TLS_CERT", "TLS_KEY", "TLS_SERVER_NAME")}
+    given = {name.partition("__")[0] for name in environment(installation, pod)}
+    assert given <= fields | READ_BY_LIBRARIES
 
 
 def test_base_serves_nobody_in_the_clear(tmp_path, monkeypatch):

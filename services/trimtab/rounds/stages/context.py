@@ -10,13 +10,10 @@ from pathlib import Path
 from trimtab.rounds.journal import Journal
 from trimtab.rounds.recipe import Recipe
 from trimtab.rounds.scorers import Scorer, open_scorer
-from trimtab.rounds.stages.services import RoundServices
+from trimtab.rounds.stages.services import Services
 from trimtab.weights.store import Store
 from trimtab_client import ModelVersion, Sampling
 from trimtab_client.v1 import trainer_pb2
-
-Watch = Callable[[str, str, str, object], None]
-"""(trainer address, stage, run id, config) → shows the run to its end, raises where it fails."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +34,8 @@ class RoundsContext:
     folder: Path
     store: Store
     journal: Journal
-    services: RoundServices
+    services: Services
     stack: ExitStack
-    watch: Watch
     say: Callable[[str], None]
     wait: bool = True
     _scorers: dict[str, Scorer] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from trimtab.rounds.ranking.source import read_json_rows, write_rows
 from trimtab.rounds.recipe import SimulatedRanking
 from trimtab.rounds.scorers import Scorer, WirePrompt
 from trimtab.rounds.stages.context import RoundsContext, read_version, write_version
+from trimtab.runtime.caller import channel_options
 from trimtab_client import GeneratorClient, ModelVersion, RaggedTokens, ReferenceClient, RewardClient
 
 JUDGE, GOLD, REWARD = "judge", "gold", "reward"
@@ -62,7 +63,8 @@ def run_evaluate(context: RoundsContext, number: int) -> StageResult:
     generator, reference = context.services.generator_and_reference(versions[0], context.sft)
     scorers = _scorers(context)
     files, points = [], []
-    with GeneratorClient(generator) as sampler, ReferenceClient(reference) as judge_of_kl:
+    options = channel_options()
+    with GeneratorClient(generator, options) as sampler, ReferenceClient(reference, options) as judge_of_kl:
         for version in versions:
             context.say(f"{version} answers {len(prompts)} held-out prompts")
             sampling = context.sampling(context.recipe.evaluate.samples, context.seed(number, 7))
@@ -178,7 +180,7 @@ def _read_answers(file: Path) -> _Stored:
 def _reward_scores(context: RoundsContext, number: int, stored: Sequence[_Stored]) -> list[np.ndarray]:
     """Scores of the round's reward model, [P, S] of each file."""
     reward = read_version(context.journal.output(f"{number}/reward", "reward"))
-    with RewardClient(context.services.reward(reward)) as client:
+    with RewardClient(context.services.reward(reward), channel_options()) as client:
         return [
             client.score_tokens(RaggedTokens.from_sequences(one.sequences), one.tokenizer_digest)
             .scores.astype(np.float64)

@@ -24,6 +24,7 @@ from trimtab.rounds.ranking.source import (
 )
 from trimtab.rounds.recipe import FileRanking, PeopleRanking, SimulatedRanking
 from trimtab.rounds.stages.context import RoundsContext, write_version
+from trimtab.runtime.caller import channel_options
 from trimtab_client import GeneratorClient
 
 TRAIN, HELD_OUT = "train", "held_out"
@@ -42,7 +43,7 @@ def run_sample(context: RoundsContext, number: int) -> StageResult:
     places = [int(order[i % len(pool)]) for i in range((number - 1) * section.sets, number * section.sets)]
     prompts = [pool[place] for place in places]
     context.say(f"{policy} answers {len(prompts)} prompts, {section.k} times each")
-    with GeneratorClient(context.services.generator(policy)) as generator:
+    with GeneratorClient(context.services.generator(policy), channel_options()) as generator:
         answers = draw(generator, policy, prompts, context.sampling(section.k, context.seed(number, 4)))
     sets = []
     for i, prompt in enumerate(prompts):

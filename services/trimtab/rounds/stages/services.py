@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from trimtab.rounds.launchers.local import Supervisor
 from trimtab.rounds.launchers.process import LaunchError, is_serving
 from trimtab.rounds.launchers.services import SERVICES, service_process
-from trimtab_client import GeneratorClient, ModelVersion, RewardClient
+from trimtab.rounds.pipeline import StageInterrupted
+from trimtab.rounds.stages.training_runs import TrainedRun
+from trimtab_client import GeneratorClient, ModelVersion, RewardClient, TrainerClient, Unavailable
 
 RESTART_S = 120.0
+
+Watch = Callable[[str, str, str, object], None]
+"""(trainer address, stage, run id, config) → shows the run to its end, raises where it fails."""
+
+
+class Services(Protocol):
+    """What stages ask for, on this machine or on a cluster. Addresses are as clients take them."""
+
+    def generator(self, version: ModelVersion) -> str:
+        """Generators that serve a policy."""
+        ...
+
+    def generator_and_reference(self, version: ModelVersion, reference: ModelVersion | None) -> tuple[str, str]:
+        """Generators that serve one policy, and references that serve another."""
+        ...
+
+    def reward(self, version: ModelVersion) -> str:
+        """Reward services that serve a reward model."""
+        ...
+
+    def gold(self, source: str) -> str:
+        """A reward service of its own for a model that judges or labels."""
+        ...
+
+    def train(self, stage: str, run_id: str, config: object) -> TrainedRun:
+        """Run a stage ("sft", "reward", "ppo") to its end."""
+        ...
 
 
 class RoundServices:
@@ -21,7 +51,15 @@ class RoundServices:
     """
 
     def __init__(
-        self, supervisor: Supervisor, folder: Path, store: Path, runs: Path, *, cores: int, keep_versions: int
+        self,
+        supervisor: Supervisor,
+        folder: Path,
+        store: str,
+        runs: Path,
+        *,
+        cores: int,
+        keep_versions: int,
+        watch: Watch,
     ) -> None:
         self._supervisor = supervisor
         self._folder = folder
@@ -29,7 +67,19 @@ class RoundServices:
         self._runs = runs
         self._cores = cores
         self._keep_versions = keep_versions
+        self._watch = watch
         self._addresses: dict[str, str] = {}
+
+    def train(self, stage: str, run_id: str, config: object) -> TrainedRun:
+        """Run a stage at the trainer, to its end; StageInterrupted if the trainer was gone meanwhile and is back."""
+        trainer = self.trainer()
+        try:
+            self._watch(trainer, stage, run_id, config)
+            with TrainerClient(trainer) as client:
+                return TrainedRun(run_id, client.status(run_id).published)
+        except Unavailable as error:
+            self.trainer_is_back()
+            raise StageInterrupted(f"the trainer was gone ({error})") from error
 
     def trainer(self) -> str:
         """The trainer's address, with every core while it alone works."""
@@ -81,7 +131,7 @@ class RoundServices:
         started = []
         for name, (kind, settings) in wanted.items():
             if name not in self._addresses:
-                values = {"store": str(self._store)} | dict(settings)
+                values = {"store": self._store} | dict(settings)
                 spec = service_process(kind, values, self._folder, threads=threads, name=name)
                 self._supervisor.add(spec)
                 self._addresses[name] = spec.address

@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from trimtab.rounds.journal import StageResult
-from trimtab.rounds.pipeline import StageInterrupted
 from trimtab.rounds.recipe import file_digest
 from trimtab.rounds.stages.context import RoundsContext, read_version, write_version
 from trimtab.rounds.stages.ranking import HELD_OUT, TRAIN, rankings_folder
-from trimtab_client import ModelVersion, TrainerClient, Unavailable
+from trimtab_client import ModelVersion
 from trimtab_client.v1 import trainer_pb2
 
 
@@ -24,10 +23,11 @@ def run_sft(context: RoundsContext, attempt: int) -> StageResult:
     config.stage.model = context.recipe.model
     config.stage.seed = context.seed(0)
     run_id = run_name(context, 0, "sft", attempt)
-    policy = _train(context, "sft", run_id, config)[-1]
+    trained = context.services.train("sft", run_id, config)
+    policy = trained.published[-1]
     return StageResult(
         inputs={"model": context.recipe.model, "data": config.data},
-        outputs={"run": run_id, "policy": write_version(policy)},
+        outputs={"run": trained.run_id, "policy": write_version(policy)},
         metrics=_metrics(context, policy),
     )
 
@@ -44,10 +44,11 @@ def run_reward(context: RoundsContext, number: int, attempt: int) -> StageResult
     config.normalization_max_tokens = context.recipe.ppo.stage.max_new_tokens
     config.generator_address = context.services.generator(context.sft)
     run_id = run_name(context, number, "reward", attempt)
-    reward = _train(context, "reward", run_id, config)[-1]
+    trained = context.services.train("reward", run_id, config)
+    reward = trained.published[-1]
     return StageResult(
         inputs={"policy": write_version(context.sft)} | _digests(context, TRAIN) | _digests(context, HELD_OUT),
-        outputs={"run": run_id, "reward": write_version(reward)},
+        outputs={"run": trained.run_id, "reward": write_version(reward)},
         metrics=_metrics(context, reward),
     )
 
@@ -65,7 +66,8 @@ def run_ppo(context: RoundsContext, number: int, attempt: int) -> StageResult:
     config.generator_address, config.reference_address = addresses
     config.reward_address = context.services.reward(reward)
     run_id = run_name(context, number, "ppo", attempt)
-    published = _train(context, "ppo", run_id, config)
+    trained = context.services.train("ppo", run_id, config)
+    policy = trained.published[-1]
     return StageResult(
         inputs={
             "start": write_version(start),
@@ -73,8 +75,8 @@ def run_ppo(context: RoundsContext, number: int, attempt: int) -> StageResult:
             "reward": write_version(reward),
             "prompts": config.prompts,
         },
-        outputs={"run": run_id, "policy": write_version(published[-1])},
-        metrics=_metrics(context, published[-1]),
+        outputs={"run": trained.run_id, "policy": write_version(policy)},
+        metrics=_metrics(context, policy),
     )
 
 
@@ -82,18 +84,6 @@ def run_name(context: RoundsContext, number: int, stage: str, attempt: int) -> s
     """The trainer's run id of one attempt."""
     name = f"{context.recipe.name}-r{number}-{stage}"
     return name if attempt == 1 else f"{name}-attempt{attempt}"
-
-
-def _train(context: RoundsContext, stage: str, run_id: str, config: object) -> tuple[ModelVersion, ...]:
-    """Run a stage at the trainer; returns what it published."""
-    trainer = context.services.trainer()
-    try:
-        context.watch(trainer, stage, run_id, config)
-        with TrainerClient(trainer) as client:
-            return client.status(run_id).published
-    except Unavailable as error:
-        context.services.trainer_is_back()
-        raise StageInterrupted(f"the trainer was gone ({error})") from error
 
 
 def _metrics(context: RoundsContext, version: ModelVersion) -> dict[str, float]:

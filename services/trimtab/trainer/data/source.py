@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.trainer.data.errors import DataError
+from trimtab.trainer.data.remote import is_url, local_copy
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -50,9 +51,15 @@ class RawRow:
 def read_rows(source: str | Path) -> Iterator[RawRow]:
     """Every row of a file, of a folder's files in name order, or of a hub set (`owner/name` or `owner/name:split`).
 
+    A file or folder may be a URL (s3://, gs://, …).
+
     Blank lines are passed over but counted, so line numbers are the editor's.
     Raises DataError with line 0 where nothing can be read at all.
     """
+    if is_url(str(source)):
+        with local_copy(str(source)) as copy:
+            yield from read_rows(copy)
+        return
     path = Path(source)
     if path.is_dir():
         files = sorted(child for child in path.iterdir() if child.name.endswith(SUFFIXES))
