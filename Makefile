@@ -6,7 +6,7 @@ STAMP := $(VENV)/.trimtab-installed
 PYTEST_ARGS ?=
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install lint wire wheels unit test test-all demo demo-rounds bench protos format clean
+.PHONY: help install lint wire wheels docs unit test test-all demo demo-rounds bench protos format clean
 
 help:                  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 24
@@ -41,6 +41,12 @@ wheels: install        ## both wheels, tried in an empty environment: first the 
 	build/empty-venv/bin/python -m pip install -qq -c constraints.txt dist/trimtab-*.whl dist/trimtab_client-*.whl
 	cd build && empty-venv/bin/trimtab --version && empty-venv/bin/trimtab --help >/dev/null
 
+docs: install          ## the SDK's documentation from its docstrings, into build/docs
+	rm -rf build/docs
+	$(BIN)/pdoc --docformat google -o build/docs trimtab_client trimtab_client.score_many trimtab_client.adapters.trl \
+		trimtab_client.adapters.openrlhf trimtab_client.adapters.verl
+	test -s build/docs/trimtab_client/adapters/trl.html
+
 # What torch 2.11 brings: the kernels compile with it too, or that test is skipped.
 build/triton-3.6.0: | install
 	-$(BIN)/python -m pip install -qq --no-deps --target $@ triton==3.6.0
@@ -48,9 +54,9 @@ build/triton-3.6.0: | install
 unit: install build/triton-3.6.0  ## pytest without the slow tests, with coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
-test: lint wire wheels unit  ## everything that proves the product, within 15 minutes
+test: lint wire wheels docs unit  ## everything that proves the product, within 15 minutes
 
-test-all: lint wire wheels build/triton-3.6.0  ## and the long proofs
+test-all: lint wire wheels docs build/triton-3.6.0  ## and the long proofs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 demo: install          ## the three stages on real data, in minutes on two cores
