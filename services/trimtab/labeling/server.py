@@ -16,7 +16,9 @@ from trimtab.labeling.feeding import Feeder
 from trimtab.labeling.web.app import create_app
 from trimtab.labeling.web.room import Room
 from trimtab.runtime.errors import StartError
+from trimtab.runtime.http_metrics import HttpMetrics
 from trimtab.runtime.logs import configure_logs, get_logger
+from trimtab.runtime.metrics import Metrics, MetricsServer
 
 log = get_logger(__name__)
 
@@ -27,14 +29,19 @@ def main(config: LabelingConfig) -> int:
     database = Database(config.database)
     database.migrate()
     bound = _bind(config)
-    server = uvicorn.Server(_uvicorn(config, Room(database, config)))
+    metrics, metrics_server = Metrics(), None
+    if config.metrics_port is not None:
+        metrics_server = MetricsServer.start(metrics, config.host, config.metrics_port)
+    app = HttpMetrics(create_app(Room(database, config)), metrics)
+    server = uvicorn.Server(_uvicorn(config, app))
     feeder = _feeder(config, database) if config.feed else None
     address = f"{'https' if config.has_tls else 'http'}://{config.host}:{bound.getsockname()[1]}"
     if feeder is not None:
         feeder.start()
-    log.info("serving labeling", address=address)
+    metrics_port = metrics_server.port if metrics_server else None
+    log.info("serving labeling", address=address, metrics_port=metrics_port)
     if config.ready_file is not None:
-        _write_ready(config.ready_file, bound.getsockname()[1])
+        _write_ready(config.ready_file, bound.getsockname()[1], metrics_port)
     # uvicorn stops at SIGTERM and ctrl-C by itself, and raises the signal anew when it has: that one is for nobody.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
@@ -43,13 +50,15 @@ def main(config: LabelingConfig) -> int:
     finally:
         if feeder is not None:
             feeder.stop()
+        if metrics_server is not None:
+            metrics_server.close()
         database.close()
     return 0
 
 
-def _uvicorn(config: LabelingConfig, room: Room) -> uvicorn.Config:
+def _uvicorn(config: LabelingConfig, app: HttpMetrics) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(room),
+        app,
         log_config=None,
         log_level=config.log_level,
         access_log=False,  # addresses hold no secrets, but who did what when is in the database already
@@ -81,7 +90,7 @@ def _feeder(config: LabelingConfig, database: Database) -> Feeder:
         raise StartError(f"generator_*: {error}") from error
 
 
-def _write_ready(path: Path, port: int) -> None:
+def _write_ready(path: Path, port: int, metrics_port: int | None) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps({"port": port}))
+    partial.write_text(json.dumps({"port": port, "metrics_port": metrics_port}))
     partial.replace(path)

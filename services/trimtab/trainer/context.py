@@ -12,7 +12,8 @@ import torch
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.trainer.durable import fsync_file
-from trimtab.trainer.metrics import METRICS, MetricWriter, reported
+from trimtab.trainer.metric_sinks import METRICS
+from trimtab.trainer.metrics import MetricWriter, reported
 from trimtab.trainer.run import Run, RunState, StopRun
 from trimtab.trainer.run_record import RunFolder
 from trimtab.trainer.state import Checkpoints, TrainingState

@@ -1,4 +1,4 @@
-"""Where the metrics of a step go: a JSONL file, TensorBoard, Prometheus, and the run's watchers; one name each.
+"""The metrics of a step on their way to every sink and to the run's watchers; one name each.
 
 A run that goes on takes up the rows it wrote before: each step is there once.
 """
@@ -13,18 +13,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from prometheus_client import Gauge
-from torch.utils.tensorboard import SummaryWriter
-
+from trimtab.runtime.logs import get_logger
 from trimtab.trainer.durable import write_bytes
+from trimtab.trainer.metric_sinks import METRICS, MetricRow, open_sinks
 from trimtab.trainer.run import Run, StepMetrics
+from trimtab.trainer.warning_signs import WarningWatch
 
-METRICS = "metrics.jsonl"
-METRIC = Gauge("trimtab_trainer_metric", "Newest value of a training metric.", ["run_id", "stage", "metric"])
+log = get_logger(__name__)
 
 
 class MetricWriter:
-    """Writes each step's metrics to `folder`/metrics.jsonl and `folder`/tensorboard, and hands them to the run.
+    """Writes each step's metrics to all sinks (metric_sinks.py), and hands them to the run.
 
     Attributes:
         last_step: of the rows so far; 0 for none.
@@ -34,27 +33,37 @@ class MetricWriter:
         """`known` are the steps that `reported` gave."""
         folder.mkdir(parents=True, exist_ok=True)
         self._run = run
+        self._watch = WarningWatch([event.values for event in known])
         self.last_step = known[-1].step if known else 0
-        self._lines = (folder / METRICS).open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.last_step + 1 if known else None)
+        self._sinks = open_sinks(folder, run.snapshot.run_id, self.last_step + 1 if known else None)
 
     def __enter__(self) -> MetricWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._board.close()
-        self._lines.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _warn(self, values: dict[str, float]) -> dict[str, float]:
+        """The step's warning metrics; what is new is logged and said beside what the run is doing."""
+        before = self._watch.standing
+        metrics = self._watch.judge(values)
+        for name, text in self._watch.standing.items():
+            if name not in before:
+                log.warning(name.replace("_", " "), run_id=self._run.snapshot.run_id, seen=text)
+            self._run.hindered(f"warning {name}", f"warning: {text}")
+        for name in before.keys() - self._watch.standing.keys():
+            self._run.hindered(f"warning {name}", "")
+        return metrics
 
     def write(self, step: int, total_steps: int, values: dict[str, float]) -> None:
-        """Record one step. NaN and infinite values are kept out of JSON's numbers as null."""
+        """Record one step everywhere."""
         now = datetime.now(UTC)
         snapshot = self._run.snapshot
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        row = {"run_id": snapshot.run_id, "stage": snapshot.stage, "step": step, "time": now.isoformat(), **finite}
-        self._lines.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{snapshot.stage}/{name}", value, step)
-            METRIC.labels(snapshot.run_id, snapshot.stage, name).set(value)
+        values = values | self._warn(values)
+        row = MetricRow(snapshot.run_id, snapshot.stage, step, now, values)
+        for sink in self._sinks:
+            sink.write(row)
         self.last_step = step
         self._run.report(StepMetrics(step, total_steps, values, now))
 

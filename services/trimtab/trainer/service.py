@@ -20,7 +20,7 @@ from trimtab.runtime.server import ServerContext, Service, serve
 from trimtab.trainer.config import DEFAULT_STORE, TrainerConfig
 from trimtab.trainer.context import StageContext, recall_run
 from trimtab.trainer.durable import held
-from trimtab.trainer.metrics import METRIC
+from trimtab.trainer.metric_sinks import METRIC
 from trimtab.trainer.ppo.loop import run_ppo
 from trimtab.trainer.reward_model import run_reward_model
 from trimtab.trainer.run import Run, RunFailedError, RunSnapshot, RunState, StepMetrics, StopRun

@@ -9,7 +9,7 @@ from pathlib import Path
 from trimtab.deploy.render import NODE_POOLS, Installation, Object, pod_template, render
 
 MANIFESTS = Path(__file__).parents[3] / "k8s"
-EVERYTHING = ("jobset", "vllm", "postgres", "tls", "ingress", "autoscaling", "kueue")
+EVERYTHING = ("jobset", "vllm", "postgres", "tls", "ingress", "autoscaling", "kueue", "monitoring")
 OURS = ("trimtab/generator", "trimtab/generator-vllm", "trimtab/model-server", "trimtab/trainer", "trimtab/web")
 
 

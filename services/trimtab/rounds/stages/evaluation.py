@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def run_evaluate(context: RoundsContext, number: int) -> StageResult:
                 means={name: float(mine.mean()) for name, (mine, _) in scores.items()},
             )
         )
+    for remark in over_optimised(evaluated):
+        context.say(remark)
     best = max(evaluated, key=lambda point: point.wins[JUDGE].value)
     against = _against_previous(context, number, read_version(best.version)) if number else None
     page = {
@@ -108,6 +111,18 @@ def run_evaluate(context: RoundsContext, number: int) -> StageResult:
         files=(*files, file),
         metrics=_metrics(best, against),
     )
+
+
+def over_optimised(points: Sequence[Point]) -> list[str]:
+    """A remark for each checkpoint that the reward model likes better and the judge clearly worse than the one before."""
+    return [
+        f"warning: gold divergence from {before.version} to {after.version}: the reward model's win rate rose, the "
+        f"judge's fell from {before.wins[JUDGE].value:.2f} to {after.wins[JUDGE].value:.2f}; take the earlier version, "
+        "and collect rankings on newer answers"
+        for before, after in pairwise(points)
+        if REWARD in before.wins and REWARD in after.wins
+        if after.wins[REWARD].value > before.wins[REWARD].value and after.wins[JUDGE].high < before.wins[JUDGE].low
+    ]
 
 
 def checkpoints(context: RoundsContext, number: int) -> list[ModelVersion]:
