@@ -75,14 +75,21 @@ class TensorBoard:
 
 
 class Prometheus:
-    """The gauge that the trainer's metrics port shows."""
+    """The gauge that the trainer's metrics port shows. A run that ended keeps its newest values, but warns no more."""
+
+    def __init__(self) -> None:
+        self._warnings: set[tuple[str, str, str]] = set()
 
     def write(self, row: MetricRow) -> None:
         for name, value in row.values.items():
-            METRIC.labels(row.run_id, row.stage, name).set(value)
+            labels = (row.run_id, row.stage, name)
+            METRIC.labels(*labels).set(value)
+            if name.startswith("warning_"):
+                self._warnings.add(labels)
 
     def close(self) -> None:
-        pass  # the newest values stay readable
+        for labels in self._warnings:
+            METRIC.labels(*labels).set(0.0)
 
 
 class WeightsAndBiases:

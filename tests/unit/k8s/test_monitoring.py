@@ -16,6 +16,7 @@ from trimtab.trainer.metric_sinks import METRIC
 ROOT = Path(__file__).parents[3]
 MONITORING = ROOT / "k8s" / "components" / "monitoring"
 DOCS = (ROOT / "docs" / "metrics.md").read_text()
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 NAME = re.compile(r"\b((?:trimtab|process|python)_[a-z0-9_]+)\b")
 TRAINER_NAME = re.compile(r'metric(=~?)"([^"]+)"')
 
@@ -68,11 +69,16 @@ def test_every_exported_metric_is_documented_and_every_documented_one_exported()
     assert documented == families
 
 
-def test_every_alert_says_what_to_do() -> None:
+def test_every_alert_says_what_to_do_and_the_runbook_has_it_and_no_other() -> None:
+    alerts = set()
     for group in yaml.safe_load((MONITORING / "alerts.yaml").read_text())["spec"]["groups"]:
         for rule in group["rules"]:
             assert rule["annotations"]["summary"] and rule["annotations"]["action"], rule["alert"]
             assert rule["labels"]["severity"] in ("info", "warning", "critical")
+            alerts.add(rule["alert"])
+    rows = [row.split(" | ") for row in OPERATIONS.splitlines() if row.startswith("| `Trimtab")]
+    assert {cells[0].strip("|` ") for cells in rows} == alerts
+    assert all(len(cells) == 4 and all(cell.strip(" |") for cell in cells) for cells in rows)
 
 
 def test_counters_are_read_as_rates() -> None:

@@ -12,7 +12,7 @@ MINORS = ("1.34", "1.36", "1.37")
 OWN_KINDS = {"batch", "apps", "policy", "networking.k8s.io", "rbac.authorization.k8s.io", "scheduling.k8s.io"}
 OWN_KINDS |= {"autoscaling", "v1"}
 CUSTOM = {"JobSet", "Certificate", "Issuer", "Gateway", "HTTPRoute", "GRPCRoute", "BackendTLSPolicy"}
-CUSTOM |= {"ResourceFlavor", "ClusterQueue", "LocalQueue"}
+CUSTOM |= {"ResourceFlavor", "ClusterQueue", "LocalQueue", "PodMonitor", "PrometheusRule"}
 
 
 def built_in(one):

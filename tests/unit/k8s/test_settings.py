@@ -88,7 +88,7 @@ def test_settings_are_accepted_and_listen_where_the_pod_says(installation, pod, 
     ports = {port["name"]: port["containerPort"] for port in pod.spec["containers"][0]["ports"]}
     told = {"grpc": settings.port, "health": settings.health_port, "metrics": settings.metrics_port}
     if pod.name == "labeling":
-        told = {"http": settings.port}
+        told = {"http": settings.port, "metrics": settings.metrics_port}
     elif pod.name == "gateway":
         told["http"] = settings.http_port
     assert {name: port for name, port in ports.items() if name != "rendezvous"} == told

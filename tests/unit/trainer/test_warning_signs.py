@@ -76,9 +76,12 @@ def test_warnings_are_metrics_of_the_run_and_shown_while_they_stand(tmp_path: Pa
         assert "KL to the reference" in run.snapshot.activity and "kl_coefficient" in run.snapshot.activity
         assert METRIC.labels("warned", "ppo", "warning_kl_explosion")._value.get() == 1.0
         writer.write(2, 3, GOOD)
-    assert run.snapshot.activity == "training"
+        assert run.snapshot.activity == "training"
+        writer.write(3, 3, GOOD | {"kl_nats_per_sequence": 100.0})
+    assert METRIC.labels("warned", "ppo", "warning_kl_explosion")._value.get() == 0.0, "a run that ended warns no more"
+    assert METRIC.labels("warned", "ppo", "kl_nats_per_sequence")._value.get() == 100.0
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["warning_kl_explosion"] for row in rows] == [1.0, 0.0]
+    assert [row["warning_kl_explosion"] for row in rows] == [1.0, 0.0, 1.0]
 
 
 def test_every_sign_is_documented() -> None:

@@ -114,7 +114,7 @@ def run_evaluate(context: RoundsContext, number: int) -> StageResult:
 
 
 def over_optimised(points: Sequence[Point]) -> list[str]:
-    """A remark for each checkpoint that the reward model likes better and the judge clearly worse than the one before."""
+    """A remark for each checkpoint that the reward model prefers to the one before and the judge clearly does not."""
     return [
         f"warning: gold divergence from {before.version} to {after.version}: the reward model's win rate rose, the "
         f"judge's fell from {before.wins[JUDGE].value:.2f} to {after.wins[JUDGE].value:.2f}; take the earlier version, "

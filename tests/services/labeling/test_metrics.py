@@ -1,0 +1,17 @@
+"""The ranking page shows Prometheus how it is used, by pattern and never by what was asked for."""
+
+import socket
+import urllib.request
+from pathlib import Path
+
+from tests.services.labeling.browser import run_server
+
+
+def test_requests_are_counted_on_a_port_of_their_own(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with run_server(str(tmp_path / "labels.sqlite"), metrics_port=port) as address:
+        assert urllib.request.urlopen(f"{address}/healthz", timeout=20).status == 200
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20).read().decode()
+    assert 'trimtab_requests_total{code="200",method="/healthz",service="http"} 1.0' in text
