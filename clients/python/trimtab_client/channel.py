@@ -12,6 +12,8 @@ import grpc
 import grpc.aio
 
 Addresses = str | Sequence[str]
+# A name's addresses are asked for again whenever a connection ends, but no sooner than after so long.
+LOOKUP_S = 5.0
 _SCHEMES = ("unix:", "dns:", "ipv4:", "ipv6:")
 
 
@@ -106,6 +108,7 @@ def _arguments(options: ChannelOptions) -> list[tuple[str, Any]]:
         ("grpc.max_send_message_length", options.max_message_bytes),
         # A name with several addresses behind it (a headless Service) is used evenly.
         ("grpc.lb_policy_name", "round_robin"),
+        ("grpc.dns_min_time_between_resolutions_ms", round(1000 * LOOKUP_S)),
         ("grpc.keepalive_time_ms", 30_000),
         # gRPC's own pause between connection attempts grows to two minutes: a server that is back must be found soon.
         ("grpc.initial_reconnect_backoff_ms", 100),

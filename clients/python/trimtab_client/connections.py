@@ -85,6 +85,11 @@ class Connections(Generic[C]):
         finally:
             self._release(connection)
 
+    @property
+    def closed(self) -> bool:
+        """Whether this side has ended the calls itself."""
+        return self._closed
+
     def close(self) -> list[C]:
         """Take no more calls; the channels of this scope, which the caller closes."""
         with self._lock:

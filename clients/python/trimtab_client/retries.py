@@ -5,23 +5,25 @@ from __future__ import annotations
 import random
 import time
 
-from trimtab_client.errors import ResourceExhausted, TrimtabError, Unavailable
+from trimtab_client.errors import Cancelled, ResourceExhausted, TrimtabError, Unavailable
 
+# Not there, or gone while the call was under way (a server that stops answers its last calls with CANCELLED).
+GONE = (Unavailable, Cancelled)
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0
 
 
 def may_repeat(error: TrimtabError) -> bool:
-    """UNAVAILABLE always; RESOURCE_EXHAUSTED only where the server said when (RetryInfo)."""
+    """UNAVAILABLE always, and CANCELLED by the server; RESOURCE_EXHAUSTED only where it said when (RetryInfo)."""
     if isinstance(error, ResourceExhausted):
         return error.retry_after_s is not None
-    return isinstance(error, Unavailable)
+    return isinstance(error, GONE)
 
 
 class RetryPlan:
     """The retries of one call until its deadline.
 
-    A call that one address cannot take (UNAVAILABLE) goes to each other address at once, which counts as no retry.
+    A call that one address cannot take goes to each other address at once, which counts as no retry.
     After that the delay is exponential with jitter over its upper half, on top of what RetryInfo demands.
 
     Args:
@@ -46,7 +48,7 @@ class RetryPlan:
         """Seconds to wait before the next try, or None where there is none."""
         if not may_repeat(error):
             return None
-        if isinstance(error, Unavailable) and self._failovers:
+        if isinstance(error, GONE) and self._failovers:
             self._failovers -= 1
             return 0.0 if time.monotonic() < self._until else None
         if not self._left:

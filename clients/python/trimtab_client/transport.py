@@ -89,7 +89,14 @@ class SyncTransport:
                     with in_flight.holding(rpc):
                         return call.read(rpc.result())
             except grpc.RpcError as failure:
-                in_flight.pause(retries, from_rpc_error(failure))
+                in_flight.pause(retries, self._error(failure))
+
+    def _error(self, failure: grpc.RpcError) -> TrimtabError:
+        """What a failed call is repeated by; raised where `close` ended it."""
+        error = from_rpc_error(failure)
+        if self._connections.closed:
+            raise error from None
+        return error
 
     def _stream(self, stream: Stream[T], until: float, in_flight: _InFlight) -> Iterator[T]:
         places, retries = self.routing.places(), None
@@ -105,7 +112,7 @@ class SyncTransport:
                             yield item
                 stream.ended()
             except grpc.RpcError as failure:
-                error = from_rpc_error(failure)
+                error = self._error(failure)
                 if not stream.may_resume():
                     raise error from None
                 if stream.next_call() is not None:

@@ -72,6 +72,12 @@ class ServiceConfig(BaseSettings):
     queue_limit: int = Field(default=4096, ge=1, description="Most sequences that may wait for the device.")
     grace_s: float = Field(default=30.0, ge=0, description="Seconds that calls may take to finish after SIGTERM.")
 
+    connection_age_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="A connection ends gently at about this age, so that clients look up who serves now; empty: never.",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "pretty"] = Field(default="auto", description="auto: pretty on a terminal.")
     otlp_endpoint: str | None = Field(

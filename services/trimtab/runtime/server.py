@@ -332,7 +332,12 @@ def _leave(code: int) -> None:
 
 def _options(config: ServiceConfig) -> list[tuple[str, Any]]:
     size = config.limits.max_message_bytes
+    age_s = config.connection_age_s
+    # Behind a name with several addresses a client asks for these anew only when a connection ends. Calls in flight
+    # finish on the old one, however long they take.
+    aging = [] if age_s is None else [("grpc.max_connection_age_ms", round(1000 * age_s))]
     return [
+        *aging,
         ("grpc.max_receive_message_length", size),
         ("grpc.max_send_message_length", size),
         ("grpc.so_reuseport", 0),  # or two servers would silently share one port

@@ -8,8 +8,9 @@ import sys
 import time
 
 import pytest
+from grpc import StatusCode
 
-from trimtab.runtime.errors import exhausted, precondition, unavailable
+from trimtab.runtime.errors import ServiceError, exhausted, precondition, unavailable
 from trimtab_client import (
     AsyncTrainerClient,
     ChannelOptions,
@@ -51,6 +52,15 @@ async def test_unavailable_is_tried_again_where_a_repeat_is_harmless(rooms, sdk,
     }
     await sdk.call(client, room.address, method, *arguments.get(method, ()), options=FEW)
     assert len(room.calls[rpc]) == 3
+
+
+async def test_a_call_that_a_stopping_server_cancels_goes_to_the_next(rooms, sdk, ragged):
+    rooms_ = [await rooms(), await rooms()]
+    for room in rooms_:
+        room.failures["Score"].append(ServiceError(StatusCode.CANCELLED, "Cancelling all calls"))
+    addresses = [room.address for room in rooms_]
+    await sdk.call("Reward", addresses, "score_tokens", ragged(2), DIGEST, options=FEW)
+    assert sum(len(room.calls["Score"]) for room in rooms_) == 3
 
 
 @pytest.mark.parametrize("method", ["pause", "resume", "stop", "checkpoint"])

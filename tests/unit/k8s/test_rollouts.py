@@ -4,9 +4,10 @@ import pytest
 
 from tests.unit.k8s.manifests import installations, label, matches, pods, rendered
 from trimtab.deploy.render import find, pod_template
+from trimtab_client.channel import LOOKUP_S
 
-# A cluster's DNS hands out an address for 30 s (CoreDNS's default), and gRPC asks no sooner than that.
-CLIENT_REFRESH_S = 30
+# How long a cluster's caches tell an address after it is gone (CoreDNS's default).
+DNS_S = 30
 MARGIN_S = 10
 HTTP_ONLY = {"labeling", "store", "postgres"}
 
@@ -58,7 +59,8 @@ def test_grace_is_more_than_pre_stop_and_drain(installation, pod):
     drain = settings_of(installation, pod).get("grace_s", 0)
     assert pod.spec["terminationGracePeriodSeconds"] >= sleep + drain + MARGIN_S
     if pod.name in ("generator", "reward", "reference", "gateway"):
-        assert sleep > CLIENT_REFRESH_S, "clients would still call an address that no longer listens"
+        age = 1.1 * settings_of(installation, pod)["connection_age_s"]  # gRPC ends one within a tenth of its age
+        assert sleep > DNS_S + age + LOOKUP_S, "clients would still call an address that no longer listens"
 
 
 @pytest.mark.parametrize(("installation", "pod"), every_pod("Deployment"))
