@@ -1,11 +1,10 @@
-"""uvicorn inside the process's own event loop: listens, renews its certificate, and ends with the gRPC server."""
+"""uvicorn inside the process's own event loop: listens, and ends with the gRPC server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import socket
-import ssl
 from collections.abc import Iterator
 
 import uvicorn
@@ -15,9 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from trimtab.gateway.config import GatewayConfig
 from trimtab.gateway.guard import CERTIFICATE_NAMES
 from trimtab.runtime.errors import StartError
-from trimtab.runtime.tls import TlsFiles
+from trimtab.runtime.tls import http_context
 
-RENEW_EVERY_S = 5.0
 BACKLOG = 2048
 
 
@@ -45,7 +43,8 @@ class HttpServer:
 
     def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
         self._config = config
-        self._settings = uvicorn.Config(
+        context = http_context(config)
+        settings = uvicorn.Config(
             app,
             log_config=None,
             log_level=config.log_level,
@@ -56,13 +55,10 @@ class HttpServer:
             ws="none",
             h11_max_incomplete_event_size=64 * 1024,
             timeout_graceful_shutdown=max(1, round(config.grace_s)),
-            ssl_certfile=str(config.tls_cert) if config.tls_cert else None,
-            ssl_keyfile=str(config.tls_key) if config.tls_key else None,
-            ssl_ca_certs=str(config.tls_client_ca) if config.tls_client_ca else None,
-            ssl_cert_reqs=ssl.CERT_REQUIRED if config.tls_client_ca else ssl.CERT_NONE,
+            ssl_context_factory=(lambda config, default: context) if context is not None else None,
         )
-        self._server = _Quiet(self._settings)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._server = _Quiet(settings)
+        self._serving: asyncio.Task[None] | None = None
         self.port = 0
 
     @property
@@ -75,37 +71,13 @@ class HttpServer:
         """Listen."""
         bound = _bind(self._config)
         self.port = bound.getsockname()[1]
-        try:
-            self._settings.load()
-        except (OSError, ssl.SSLError) as error:
-            bound.close()
-            raise StartError(f"tls_cert: cannot use {self._config.tls_cert}: {error}") from None
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._server.serve(sockets=[bound]), name="gateway-http")]
-        cert, key = self._config.tls_cert, self._config.tls_key
-        if cert is not None and key is not None:
-            files = TlsFiles(cert, key, self._config.tls_client_ca)
-            self._tasks.append(loop.create_task(self._renew(files), name="gateway-certificate"))
+        self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[bound]), name="gateway-http")
 
     async def close(self) -> None:
         """Refuse new connections, let requests finish within the grace period, and end."""
         self._server.should_exit = True
-        serving, *others = self._tasks
-        for task in others:
-            task.cancel()
-        await asyncio.gather(serving, *others, return_exceptions=True)
-
-    async def _renew(self, files: TlsFiles) -> None:
-        """Load changed files into the context that new connections are made with."""
-        context, config = self._settings.ssl, self._config
-        assert context is not None and config.tls_cert is not None
-        while True:
-            await asyncio.sleep(RENEW_EVERY_S)
-            if files.renewed() is None:
-                continue
-            context.load_cert_chain(config.tls_cert, config.tls_key)
-            if config.tls_client_ca is not None:
-                context.load_verify_locations(config.tls_client_ca)
+        if self._serving is not None:
+            await asyncio.gather(self._serving, return_exceptions=True)
 
 
 def _bind(config: GatewayConfig) -> socket.socket:

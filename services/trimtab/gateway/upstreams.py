@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from trimtab.gateway.config import GatewayConfig
 from trimtab.gateway.problems import Problem
 from trimtab.runtime.errors import StartError
@@ -24,6 +22,8 @@ class Upstreams:
             self._generator = AsyncGeneratorClient(config.generator, options) if config.generator else None
         except ValueError as error:
             raise StartError(f"reward, generator: {error}") from None
+        except OSError as error:
+            raise StartError(f"upstream_token_file: cannot read {error.filename}: {error.strerror}") from None
 
     def reward(self, model: str | None, field: str = "model") -> AsyncRewardClient:
         """The client of the reward service; Problem 404 where there is none by that name."""
@@ -71,16 +71,7 @@ def _options(config: GatewayConfig) -> ChannelOptions:
     tls = Tls(config.upstream_ca, config.upstream_cert, config.upstream_key, config.upstream_server_name)
     return ChannelOptions(
         tls=tls if secured else None,
-        token=_token(config.upstream_token_file),
+        token_file=config.upstream_token_file,
         timeout_s=config.timeout_s,
         retries=RETRIES,
     )
-
-
-def _token(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text().strip()
-    except OSError as error:
-        raise StartError(f"upstream_token_file: cannot read {path}: {error.strerror}") from None

@@ -1,8 +1,9 @@
 """Settings of the labeling server; YAML file, then TRIMTAB_*, then flags, as every server of trimtab."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trimtab.runtime.config import ServiceConfig
 from trimtab_client import ChannelOptions, Tls
@@ -31,6 +32,12 @@ class LabelingConfig(ServiceConfig):
         """How the generators are called: with TLS where an authority or a certificate is given. ValueError, OSError."""
         files = (self.generator_ca, self.generator_cert, self.generator_key)
         tls = Tls(*files, self.generator_server_name) if any(files) else None
-        return ChannelOptions(
-            tls=tls, token=self.generator_token_file.read_text().strip() if self.generator_token_file else None
-        )
+        if self.generator_token_file is not None:
+            self.generator_token_file.read_text()  # it is there now; each call reads it as it is then
+        return ChannelOptions(tls=tls, token_file=self.generator_token_file)
+
+    @model_validator(mode="after")
+    def _check_entrance(self) -> Self:
+        if not self.auth.is_open:
+            raise ValueError("auth: labeling knows people by its own sign-in and tokens; `trimtab label labeler add`")
+        return self

@@ -121,7 +121,7 @@ def _sample(batch: list[_Filling], index: int, source: Source, plan: CampaignPla
                 for group in _alike(wanting, index, source):
                     for task, completion in _generate(client, group, index, source, plan, pin, attempt):
                         task.take(index, _answer(completion), keep_equal=keep_equal)
-    except (TrimtabError, ValueError) as error:
+    except (TrimtabError, ValueError, OSError) as error:
         raise FeedError(f"{source.address}: {error}") from error
 
 

@@ -19,6 +19,7 @@ from trimtab.runtime.errors import StartError
 from trimtab.runtime.http_metrics import HttpMetrics
 from trimtab.runtime.logs import configure_logs, get_logger
 from trimtab.runtime.metrics import Metrics, MetricsServer
+from trimtab.runtime.tls import http_context
 
 log = get_logger(__name__)
 
@@ -57,6 +58,7 @@ def main(config: LabelingConfig) -> int:
 
 
 def _uvicorn(config: LabelingConfig, app: HttpMetrics) -> uvicorn.Config:
+    context = http_context(config)
     return uvicorn.Config(
         app,
         log_config=None,
@@ -65,8 +67,7 @@ def _uvicorn(config: LabelingConfig, app: HttpMetrics) -> uvicorn.Config:
         server_header=False,
         date_header=True,
         timeout_graceful_shutdown=round(config.grace_s),
-        ssl_certfile=str(config.tls_cert) if config.tls_cert else None,
-        ssl_keyfile=str(config.tls_key) if config.tls_key else None,
+        ssl_context_factory=(lambda config, default: context) if context is not None else None,
     )
 
 

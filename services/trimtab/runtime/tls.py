@@ -1,4 +1,4 @@
-"""Server credentials from PEM files, read again for each new connection so that a renewed one needs no restart.
+"""Certificates of gRPC and HTTP servers from PEM files, read again for each new connection: a renewal needs no restart.
 
 A certificate and key that do not belong together (one of them is being replaced) leave the old pair in force.
 """
@@ -35,6 +35,30 @@ def server_credentials(config: ServiceConfig) -> grpc.ServerCredentials | None:
     return grpc.dynamic_ssl_server_credentials(initial, fetch, require_client_authentication=asks)
 
 
+def http_context(config: ServiceConfig) -> ssl.SSLContext | None:
+    """What an HTTP server of the config listens with, or None without TLS. StartError where a file is unusable.
+
+    Each new connection gets the certificate, key and client authorities that are in the files by then.
+    """
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    files = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+    files.read()
+    listening = newest = files.context()
+
+    def at_hello(connection: ssl.SSLObject, name: str | None, made_with: ssl.SSLContext) -> None:
+        nonlocal newest
+        if files.renewed() is not None:
+            try:
+                newest = files.context()
+            except StartError as error:  # replaced again in between: the next connection reads them anew
+                log.error("keeping the old certificate", reason=str(error))
+        connection.context = newest
+
+    listening.sni_callback = at_hello
+    return listening
+
+
 class TlsFiles:
     """A server's certificate, its key, and the authorities of clients: read whole, checked, and again on change."""
 
@@ -49,12 +73,23 @@ class TlsFiles:
         """[(key, chain)] and the authorities, as gRPC takes them; StartError that names the unusable file."""
         authorities = _read("tls_client_ca", self._client_ca) if self._client_ca is not None else None
         pair = _read("tls_key", self._key), _read("tls_cert", self._cert)
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._cert, self._key)
-        except (ssl.SSLError, OSError) as error:
-            reason = getattr(error, "reason", None) or error.strerror or "unreadable"
-            raise StartError(f"tls_cert: {self._cert} and {self._key} are no usable pair: {reason}") from None
+        self.context()
         return [pair], authorities
+
+    def context(self) -> ssl.SSLContext:
+        """A server's context with what is in the files now; StartError that names the unusable file."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self._cert, self._key)
+        except (ssl.SSLError, OSError) as error:
+            raise StartError(f"tls_cert: {self._cert} and {self._key} are no usable pair: {_reason(error)}") from None
+        if self._client_ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+            try:
+                context.load_verify_locations(self._client_ca)
+            except (ssl.SSLError, OSError) as error:
+                raise StartError(f"tls_client_ca: cannot use {self._client_ca}: {_reason(error)}") from None
+        return context
 
     def renewed(self) -> tuple[list[tuple[bytes, bytes]], bytes | None] | None:
         """What to use from now on, or None where nothing changed or what is there is unusable (then it is logged)."""
@@ -74,6 +109,10 @@ class TlsFiles:
 
     def _look(self) -> tuple[object, ...]:
         return tuple(stamp_of(path) for path in (self._cert, self._key, self._client_ca) if path is not None)
+
+
+def _reason(error: OSError) -> str:
+    return getattr(error, "reason", None) or error.strerror or "unreadable"
 
 
 def _read(field: str, path: Path) -> bytes:
