@@ -29,7 +29,7 @@ from trimtab.trainer.ppo.prompts import Sampler
 from trimtab.trainer.ppo.rollouts import RolloutClients
 from trimtab.trainer.run import Run
 from trimtab.trainer.stages import PpoConfig, parse_stage
-from trimtab_client import ModelVersion
+from trimtab_client import ChannelOptions, ModelVersion
 
 WARM_UP_STEPS = 2
 TOKENIZER: Any = None  # token ids go over the wire as they are
@@ -67,7 +67,7 @@ def drive(stand_ins: StandIns, config: PpoConfig, folder: Path, train_s: float) 
     run = Run("overlap", "ppo")
     prompts = Sampler([np.arange(1 + i % 5, dtype=np.int32) for i in range(64)], 0)
     with closing(Journal(folder / "journal")) as journal, closing(LoopThread("rollouts")) as loop:
-        clients = RolloutClients(config, TOKENIZER, run.hindered)
+        clients = RolloutClients(config, TOKENIZER, run.hindered, ChannelOptions())
         try:
             run.wait(loop.submit(clients.check(DIGEST)))
             pipeline = Pipeline(config, clients, prompts, journal, run, loop, 0)

@@ -20,7 +20,7 @@ from trimtab.trainer.ppo.prompts import Sampler
 from trimtab.trainer.ppo.rollouts import RolloutClients
 from trimtab.trainer.run import Run, StopRun
 from trimtab.trainer.stages import PpoConfig
-from trimtab_client import ModelVersion
+from trimtab_client import ChannelOptions, ModelVersion
 
 QUICK = Delays(batch_size=8, generate_s=0.08, score_s=0.02, reference_s=0.02)
 NAMES = ("generator", "reward", "reference")
@@ -53,7 +53,7 @@ def pipeline(config: PpoConfig, folder: Path, run: Run | None = None) -> Iterato
     with ExitStack() as stack:
         journal = stack.enter_context(closing(Journal(folder / "journal")))
         loop = stack.enter_context(closing(LoopThread("rollouts")))
-        clients = RolloutClients(config, TOKENIZER, run.hindered)
+        clients = RolloutClients(config, TOKENIZER, run.hindered, ChannelOptions())
         clients.tokenizer_digest = DIGEST
         stack.callback(lambda: loop.submit(clients.close()).result())
         yield Pipeline(config, clients, prompts, journal, run, loop, 0), journal

@@ -123,6 +123,7 @@ def _cached_copy(backend: Backend, manifest: Manifest, cache_dir: Path) -> Path:
             with locked(area):
                 if not target.exists():
                     folder.rename(target)
+    os.utime(target)  # used just now
     _forget_old_copies(target.parent, area)
     return target
 
