@@ -110,8 +110,29 @@ class FailedSequence:
 
 
 @dataclass(frozen=True)
+class WeightPatch:
+    """New values of some elements of one tensor: flat positions (int64) and values in the live dtype."""
+
+    name: str
+    positions: Any
+    values: Any
+
+
+@dataclass(frozen=True)
+class StagedPatches:
+    """What differs from the version `base`, which must be the one served at the swap; later patches overwrite."""
+
+    version: ModelVersion
+    base: ModelVersion
+    patches: Sequence[WeightPatch]
+
+
+@dataclass(frozen=True)
 class StagedWeights:
-    """A new version in host memory, already verified: its tensors by the names of the model's state dict."""
+    """A new version in host memory, already verified: its tensors by the names of the model's state dict.
+
+    They belong to the engine from the swap on.
+    """
 
     version: ModelVersion
     tensors: Mapping[str, Any]
@@ -167,7 +188,7 @@ class Engine(Protocol):
         """Forget every live and waiting sequence, after a step that raised; their ids."""
         ...
 
-    def swap(self, staged: StagedWeights, mode: SwapMode) -> Future[ModelVersion]:
+    def swap(self, staged: StagedWeights | StagedPatches, mode: SwapMode) -> Future[ModelVersion]:
         """Change weights between two steps; the future gives the new version once it serves.
 
         Fails with ValueError, and changes nothing, when the tensors do not fit the model. A sequence that accepts the

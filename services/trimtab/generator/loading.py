@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trimtab.generator.config import GeneratorConfig
-from trimtab.generator.engine import StagedWeights
+from trimtab.generator.engine import StagedPatches, StagedWeights
 from trimtab.generator.local import selfcheck
+from trimtab.generator.patches import stage_patches
 from trimtab.kernels.selfcheck import KernelMismatchError, check_selected_logprobs
 from trimtab.models.errors import ModelLoadError
 from trimtab.models.folders import load_pretrained
@@ -80,8 +81,10 @@ def model_info(config: GeneratorConfig, policy: Policy, version: ModelVersion) -
     )
 
 
-def stage_weights(store: Store, version: ModelVersion, policy: Policy) -> StagedWeights:
-    """Fetch a version, verify it and read it into host memory as tensors for the live policy's state dict.
+def stage_weights(
+    store: Store, version: ModelVersion, policy: Policy, served: ModelVersion | None = None
+) -> StagedWeights | StagedPatches:
+    """Read a version, verified, into host memory: what differs from `served`, or tensors for the live state dict.
 
     Raises ServiceError: NOT_FOUND, DATA_LOSS for broken files or weights that are not finite, FAILED_PRECONDITION for
     another digest, architecture or tokenizer, UNAVAILABLE where the store did not answer four times.
@@ -93,6 +96,10 @@ def stage_weights(store: Store, version: ModelVersion, policy: Policy) -> Staged
                 f"{version} has digest {manifest.version.digest} in the store, not {version.digest}",
                 field="version.digest",
             )
+        if served is not None:
+            staged = _retried(lambda: stage_patches(store, served, manifest, policy.model.state_dict()))
+            if staged is not None:
+                return staged
         folder = _retried(lambda: store.fetch(manifest))
         return StagedWeights(manifest.version, _read(folder, manifest.version, policy))
     except store_errors.StoreError as error:
@@ -108,11 +115,12 @@ def _read(folder: Path, version: ModelVersion, policy: Policy) -> dict[str, torc
     model = load_pretrained(AutoModelForCausalLM, str(folder), dtype="float32", attention=None)
     if type(model) is not type(policy.model):
         raise precondition(f"{version} is a {type(model).__name__}, the served policy a {policy.architecture}")
+    live = policy.model.state_dict()
     tensors = model.state_dict()
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise data_loss(f"{version} is broken: {name} holds numbers that are not finite")
-    return tensors
+    return {name: tensor.to(live[name].dtype if name in live else None) for name, tensor in tensors.items()}
 
 
 def _retried(read: Callable[[], T]) -> T:

@@ -95,7 +95,8 @@ class Swapper:
 
     async def stage(self, version: ModelVersion) -> Served[Policy]:
         """Return once the engine samples with `version`; raises ServiceError, the old version then stays."""
-        staged = await asyncio.to_thread(stage_weights, self._store, version, self._policy)
+        served = self._driver.engine.version
+        staged = await asyncio.to_thread(stage_weights, self._store, version, self._policy, served)
         swapping = self._driver.engine.swap(staged, self._config.swap_mode)
         self._driver.wake()
         try:

@@ -17,8 +17,8 @@ from trimtab.weights.catalog import Catalog
 from trimtab.weights.chain import chain_of
 from trimtab.weights.delta_apply import Layer, check_delta
 from trimtab.weights.delta_codec import element_bytes
-from trimtab.weights.delta_file import TensorPatch
-from trimtab.weights.digests import SAFETENSORS, SHARD_INDEX
+from trimtab.weights.delta_file import TensorPatch, TensorRecord
+from trimtab.weights.digests import SAFETENSORS, SHARD_INDEX, TensorSlot
 from trimtab.weights.errors import CorruptVersionError, WrongParentError
 from trimtab.weights.fetch import layers_of
 from trimtab.weights.manifest import FileEntry, Manifest
@@ -37,6 +37,11 @@ class Changes:
         """Changed tensors one by one. A tensor may come several times: the later overwrite the earlier."""
         for layer in self._layers:
             yield from layer.delta.patches()
+
+    @property
+    def tensors(self) -> Mapping[tuple[str, str], tuple[TensorSlot, TensorRecord]]:
+        """All tensors of the later version by subfolder and name."""
+        return self._layers[-1].delta.tensors
 
     @property
     def changed_elements(self) -> int:

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab.generator.engine import FinishedSequence, StagedWeights, SwapMode, TokenRun
+from trimtab.generator.engine import (
+    FinishedSequence,
+    StagedPatches,
+    StagedWeights,
+    SwapMode,
+    TokenRun,
+    WeightPatch,
+)
 from trimtab_client.versions import ModelVersion
 
 
@@ -126,3 +133,37 @@ def test_bfloat16_models_take_float32_versions(lab: ModuleType) -> None:
     assert swap.result() == lab.V2
     for name, tensor in live.state_dict().items():
         assert torch.equal(tensor, new.state_dict()[name].to(torch.bfloat16)), name
+
+
+def patch(name: str, positions: list[int], value: float) -> WeightPatch:
+    return WeightPatch(name, torch.tensor(positions), torch.full((len(positions),), value))
+
+
+def test_patches_change_their_elements_and_nothing_else(lab: ModuleType) -> None:
+    live = lab.build("llama")
+    before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
+    engine = lab.engine_of(live)
+    head = "model.embed_tokens.weight"
+    patches = [patch(head, [0, 7], 0.5), patch("model.norm.weight", [3], 2.0), patch(head, [7], 0.25)]
+    swap = engine.swap(StagedPatches(lab.V2, lab.V1, patches), SwapMode.KEEP)
+    engine.step()
+    assert swap.result() == lab.V2 == engine.version
+    before[head].view(-1)[[0, 7]] = torch.tensor([0.5, 0.25])
+    before["model.norm.weight"][3] = 2.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in live.state_dict().items())
+
+
+def test_patches_of_another_base_or_tensor_are_refused_and_change_nothing(lab: ModuleType) -> None:
+    live = lab.build("llama")
+    before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
+    engine = lab.engine_of(live)
+    for bad in (patch("x", [0], 1.0), patch("model.norm.weight", [32], 1.0)):
+        with pytest.raises(ValueError, match=bad.name):
+            engine.swap(StagedPatches(lab.V2, lab.V1, [bad]), SwapMode.KEEP).result(timeout=0)
+    good = [patch("model.norm.weight", [0], 9.0)]
+    swap = engine.swap(StagedPatches(replace(lab.V2, step=3), lab.V2, good), SwapMode.KEEP)
+    engine.step()
+    with pytest.raises(ValueError, match="staged beside"):
+        swap.result(timeout=0)
+    assert engine.version == lab.V1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in live.state_dict().items())

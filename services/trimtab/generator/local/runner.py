@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from trimtab.generator.engine import WeightPatch
 from trimtab.generator.local.kv_cache import SlotCache
 
 
@@ -85,14 +86,38 @@ class ModelRunner:
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Copy staged tensors into the live parameters and buffers.
+        """Put staged tensors in the place of the live parameters and buffers.
 
-        Raises ValueError, with nothing copied, unless names and shapes are those of the live model.
+        Raises ValueError, with nothing changed, unless names and shapes are those of the live model.
         """
         live = self.model.state_dict(keep_vars=True)
         check_weights(live, weights)
         for name, tensor in weights.items():
-            live[name].data.copy_(tensor)
+            if (tensor.device, tensor.dtype) == (live[name].device, live[name].dtype):
+                live[name].data = tensor  # no copy while sampling waits
+            else:
+                live[name].data.copy_(tensor)
+
+    @torch.no_grad()
+    def patch_weights(self, patches: Sequence[WeightPatch]) -> None:
+        """Overwrite single elements of the live parameters and buffers, in the order given."""
+        live = self.model.state_dict(keep_vars=True)
+        check_patches(live, patches)
+        for patch in patches:
+            flat = live[patch.name].data.view(-1)
+            flat.index_copy_(0, patch.positions.to(flat.device), patch.values.to(flat.device))
+
+
+def check_patches(live: Mapping[str, torch.Tensor], patches: Sequence[WeightPatch]) -> None:
+    """Raise ValueError naming the first tensor that is unknown or of another dtype, or too small."""
+    for patch in patches:
+        if patch.name not in live:
+            raise ValueError(f"the new version changes {patch.name}, which the served model lacks")
+        target = live[patch.name]
+        if target.dtype != patch.values.dtype or (
+            len(patch.positions) and int(patch.positions.max()) >= target.numel()
+        ):
+            raise ValueError(f"the new version's {patch.name} does not fit the served {list(target.shape)}")
 
 
 def check_weights(live: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:

@@ -22,10 +22,11 @@ from trimtab.generator.engine import (
     FinishReason,
     Outcome,
     SequenceRequest,
+    StagedPatches,
     StagedWeights,
     SwapMode,
 )
-from trimtab.generator.local.runner import ModelRunner, check_weights
+from trimtab.generator.local.runner import ModelRunner, check_patches, check_weights
 from trimtab.generator.local.sampler import sample
 from trimtab.generator.local.slots import Slot, SlotTable
 from trimtab.generator.local.stop_strings import StopStrings, response_text
@@ -38,7 +39,7 @@ NON_FINITE = "the model gave logits that are not finite numbers; the weights of 
 class PendingSwap:
     """A version that waits for its moment between two steps."""
 
-    staged: StagedWeights
+    staged: StagedWeights | StagedPatches
     mode: SwapMode
     done: Future[ModelVersion]
 
@@ -124,11 +125,15 @@ class LocalEngine:
         with self._lock:
             self._cancelled.update(sequence_ids)
 
-    def swap(self, staged: StagedWeights, mode: SwapMode) -> Future[ModelVersion]:
+    def swap(self, staged: StagedWeights | StagedPatches, mode: SwapMode) -> Future[ModelVersion]:
         """Change weights between two steps; see `Engine.swap`."""
         done: Future[ModelVersion] = Future()
         try:
-            check_weights(self._runner.model.state_dict(), staged.tensors)
+            live = self._runner.model.state_dict()
+            if isinstance(staged, StagedPatches):
+                check_patches(live, staged.patches)
+            else:
+                check_weights(live, staged.tensors)
         except ValueError as error:
             done.set_exception(error)
             return done
@@ -183,8 +188,14 @@ class LocalEngine:
                 self._pending = None
         if not pending.done.set_running_or_notify_cancel():
             return
+        if isinstance(pending.staged, StagedPatches) and pending.staged.base != self._version:
+            pending.done.set_exception(ValueError(f"it was staged beside {pending.staged.base}, not {self._version}"))
+            return
         try:
-            self._runner.load_weights(pending.staged.tensors)
+            if isinstance(pending.staged, StagedPatches):
+                self._runner.patch_weights(pending.staged.patches)
+            else:
+                self._runner.load_weights(pending.staged.tensors)
         except Exception as error:
             pending.done.set_exception(error)
             raise
