@@ -208,6 +208,8 @@ class RewardClient(ModelClient):
         version: VersionPin | None = None,
         truncate: bool = False,
         timeout_s: float | None = None,
+        scorer: str = "",
+        deterministic: bool = False,
     ) -> Generator[RowScore[R], None, None]:
         """Score any number of rows: yields a `RowScore` each, in order, in bounded memory.
 
@@ -219,11 +221,12 @@ class RewardClient(ModelClient):
         Args:
             progress: show a progress line on stderr, with what is left where `rows` has a length.
             timeout_s: of a batch.
+            scorer, deterministic: as in the other calls.
         """
 
         def score(batch: Sequence[Any]) -> Scores:
             call = self.score_texts if is_pair(batch[0]) else self.score_chats
-            return call(batch, version, truncate, timeout_s)
+            return call(batch, version, truncate, timeout_s, scorer=scorer, deterministic=deterministic)
 
         info = self._transport.run(self._limits.get(), timeout_s)
         shown = Progress(progress, len(rows) if isinstance(rows, Sized) else None)
@@ -298,6 +301,8 @@ class AsyncRewardClient(AsyncModelClient):
         version: VersionPin | None = None,
         truncate: bool = False,
         timeout_s: float | None = None,
+        scorer: str = "",
+        deterministic: bool = False,
     ) -> AsyncGenerator[RowScore[R], None]:
         """Score any number of rows: yields a `RowScore` each, in order, in bounded memory.
 
@@ -309,11 +314,12 @@ class AsyncRewardClient(AsyncModelClient):
         Args:
             progress: show a progress line on stderr, with what is left where `rows` has a length.
             timeout_s: of a batch.
+            scorer, deterministic: as in the other calls.
         """
 
         async def score(batch: Sequence[Any]) -> Scores:
             call = self.score_texts if is_pair(batch[0]) else self.score_chats
-            return await call(batch, version, truncate, timeout_s)
+            return await call(batch, version, truncate, timeout_s, scorer=scorer, deterministic=deterministic)
 
         info = await self._transport.run(self._limits.get(), timeout_s)
         shown = Progress(progress, len(rows) if isinstance(rows, Sized) else None)

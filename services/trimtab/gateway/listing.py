@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Request
@@ -12,7 +13,8 @@ from trimtab.gateway.guard import visit_of
 from trimtab.gateway.problems import READ, Problem, documented
 from trimtab.gateway.room import room_of
 from trimtab.gateway.schemas import Version
-from trimtab_client import AsyncGeneratorClient, AsyncRewardClient, ModelInfo, TrimtabError
+from trimtab.gateway.upstreams import scorer_in
+from trimtab_client import AsyncGeneratorClient, AsyncRewardClient, ModelInfo, ScorerInfo, TrimtabError
 
 router = APIRouter(tags=["trimtab"])
 
@@ -32,8 +34,22 @@ class ServedModel(BaseModel):
     has_chat_template: bool
 
 
+class Scorer(BaseModel):
+    """What one of several scorers of a reward service is."""
+
+    kind: str = Field(description="model, sum, length, regex, answer or function.")
+    version: Version
+    tokenizer_digest: str = Field(description="Empty where it takes text only.")
+    max_length: int = Field(description="Longest sequence in tokens; 0: any.")
+    needs_reference: bool
+    weights: dict[str, float] = Field(description="Of a weighted sum.")
+
+
 class ModelEntry(BaseModel):
-    """One model. `served` is null while its service cannot be reached; `reason` then says why."""
+    """One model. `served` is null while its service cannot be reached; `reason` then says why.
+
+    Several scorers of a reward service are models too, by the name NAME:SCORER, with `scorer` in place of `served`.
+    """
 
     id: str = Field(examples=["policy"])
     object: Literal["model"] = "model"
@@ -41,6 +57,7 @@ class ModelEntry(BaseModel):
     owned_by: str = "trimtab"
     task: Literal["generate", "score"]
     served: ServedModel | None = None
+    scorer: Scorer | None = None
     reason: str | None = None
 
 
@@ -56,29 +73,47 @@ async def list_models(request: Request) -> ModelList:
     """The models, by the names that requests may give."""
     timeout_s = min(PATIENCE_S, visit_of(request).left_s)
     served = room_of(request).upstreams.served()
-    entries = await asyncio.gather(*(_entry(name, role, client, timeout_s) for name, role, client in served))
-    return ModelList(data=entries)
+    found = await asyncio.gather(*(_entries(names, client, timeout_s) for names, client in served))
+    return ModelList(data=[entry for entries in found for entry in entries])
 
 
-@router.get("/v1/models/{name}", responses=documented(*READ))
+@router.get("/v1/models/{name:path}", responses=documented(*READ))
 async def get_model(request: Request, name: Annotated[str, Path(max_length=256, examples=["policy"])]) -> ModelEntry:
     """One model."""
     timeout_s = min(PATIENCE_S, visit_of(request).left_s)
-    for known, role, client in room_of(request).upstreams.served():
-        if name == known:
-            return await _entry(known, role, client, timeout_s)
+    for names, client in room_of(request).upstreams.served():
+        if scorer_in(name, names) is not None:
+            entries = await _entries(names, client, timeout_s)
+            wanted = name if name in names else f"{names[0]}:{scorer_in(name, names)}"
+            for entry in entries:
+                if entry.id == wanted:
+                    return entry.model_copy(update={"id": name})
     raise Problem("NOT_FOUND", f"name: no model {name!r} here; /v1/models lists them", field="name")
 
 
-async def _entry(
-    name: str, role: str, client: AsyncRewardClient | AsyncGeneratorClient, timeout_s: float
-) -> ModelEntry:
-    task: Literal["generate", "score"] = "generate" if role == "generate" else "score"
+async def _entries(
+    names: Sequence[str], client: AsyncRewardClient | AsyncGeneratorClient, timeout_s: float
+) -> list[ModelEntry]:
+    """A service's model by each of its names, and each of several scorers by the first of them."""
+    task: Literal["generate", "score"] = "score" if isinstance(client, AsyncRewardClient) else "generate"
     try:
         info = await client.get_model(timeout_s)
     except TrimtabError as error:
-        return ModelEntry(id=name, task=task, reason=f"{error.code}: {error.message}")
-    return ModelEntry(id=name, task=task, served=_served(info))
+        return [ModelEntry(id=name, task=task, reason=f"{error.code}: {error.message}") for name in names]
+    several = info.scorers if len(info.scorers) > 1 else ()
+    scorers = [ModelEntry(id=f"{names[0]}:{one.name}", task=task, scorer=_scorer(one)) for one in several]
+    return [*(ModelEntry(id=name, task=task, served=_served(info)) for name in names), *scorers]
+
+
+def _scorer(info: ScorerInfo) -> Scorer:
+    return Scorer(
+        kind=info.kind,
+        version=Version.of(info.version),
+        tokenizer_digest=info.tokenizer_digest,
+        max_length=info.max_length,
+        needs_reference=info.needs_reference,
+        weights=dict(info.weights),
+    )
 
 
 def _served(info: ModelInfo) -> ServedModel:

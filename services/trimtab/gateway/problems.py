@@ -7,13 +7,15 @@ OpenAI's dialect add that API's own `type` and `param`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from trimtab_client.errors import TrimtabError
+
+T = TypeVar("T")
 
 STATUSES = {
     "INVALID_ARGUMENT": 400,
@@ -83,9 +85,15 @@ class Problem(Exception):
         self.headers = dict(headers or {})
 
     @classmethod
-    def of(cls, error: TrimtabError) -> Problem:
-        """What a service behind the gateway said."""
-        return cls(error.code, error.message, field=error.field, retry_after_s=error.retry_after_s)
+    def of(cls, error: TrimtabError, words: Mapping[str, str] | None = None) -> Problem:
+        """What a service behind the gateway said; `words` are the caller's for the service's own fields."""
+        field, message = error.field, error.message
+        for own, callers in (words or {}).items():
+            if field is not None and field.startswith(own):
+                field = callers + field.removeprefix(own)
+                message = callers + message.removeprefix(own) if message.startswith(own) else message
+                break
+        return cls(error.code, message, field=field, retry_after_s=error.retry_after_s)
 
     def body(self, request_id: str, *, like_openai: bool = False) -> dict[str, Any]:
         """The JSON of the refusal."""
@@ -103,6 +111,14 @@ class Problem(Exception):
         if self.retry_after_s is not None:
             headers = headers | {"Retry-After": str(math.ceil(self.retry_after_s))}
         return JSONResponse(self.body(request_id, like_openai=like_openai), self.status, headers)
+
+
+async def in_callers_words(call: Awaitable[T], words: Mapping[str, str]) -> T:
+    """What a service answers; where it refuses, Problem with the caller's words for the service's fields."""
+    try:
+        return await call
+    except TrimtabError as error:
+        raise Problem.of(error, words) from None
 
 
 def unprocessable(field: str, message: str) -> Problem:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from trimtab.gateway.config import GatewayConfig
 from trimtab.gateway.problems import Problem
 from trimtab.runtime.errors import StartError
@@ -9,6 +12,14 @@ from trimtab_client import AsyncGeneratorClient, AsyncRewardClient, ChannelOptio
 
 # A full queue is the caller's to wait for: it is told at once. Another address of the service is tried all the same.
 RETRIES = 1
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """One scorer of the reward service, as a caller named it; "" is the service's default one."""
+
+    client: AsyncRewardClient
+    scorer: str
 
 
 class Upstreams:
@@ -25,12 +36,13 @@ class Upstreams:
         except OSError as error:
             raise StartError(f"upstream_token_file: cannot read {error.filename}: {error.strerror}") from None
 
-    def reward(self, model: str | None, field: str = "model") -> AsyncRewardClient:
-        """The client of the reward service; Problem 404 where there is none by that name."""
+    def reward(self, model: str | None, field: str = "model") -> RewardModel:
+        """NAME, one of the reward model's, or NAME:SCORER, one of its service's; Problem 404 for another name."""
         client = self._reward
-        if client is None or (model is not None and model not in self._config.reward_names):
+        scorer = "" if model is None else scorer_in(model, self._config.reward_names)
+        if client is None or scorer is None:
             raise self._unknown(model, field, self._config.reward_names if client is not None else ())
-        return client
+        return RewardModel(client, scorer)
 
     def generator(self, model: str | None, field: str = "model") -> AsyncGeneratorClient:
         """The client of the generator; Problem 404 where there is none by that name."""
@@ -39,13 +51,13 @@ class Upstreams:
             raise self._unknown(model, field, self._config.generator_names if client is not None else ())
         return client
 
-    def served(self) -> list[tuple[str, str, AsyncRewardClient | AsyncGeneratorClient]]:
-        """Name, role and client of each service."""
-        found: list[tuple[str, str, AsyncRewardClient | AsyncGeneratorClient]] = []
+    def served(self) -> list[tuple[tuple[str, ...], AsyncRewardClient | AsyncGeneratorClient]]:
+        """The names and the client of each service."""
+        found: list[tuple[tuple[str, ...], AsyncRewardClient | AsyncGeneratorClient]] = []
         if self._generator is not None:
-            found.append((self._config.generator_names[0], "generate", self._generator))
+            found.append((self._config.generator_names, self._generator))
         if self._reward is not None:
-            found.append((self._config.reward_names[0], "score", self._reward))
+            found.append((self._config.reward_names, self._reward))
         return found
 
     @property
@@ -64,6 +76,14 @@ class Upstreams:
             return Problem("NOT_FOUND", "this gateway has no such service behind it", field=field)
         known = ", ".join(repr(name) for name in names)
         return Problem("NOT_FOUND", f"{field}: no model {model!r} here; there is {known}", field=field)
+
+
+def scorer_in(model: str, names: Sequence[str]) -> str | None:
+    """ "" for one of the names, "s" for NAME:s, None for anything else."""
+    if model in names:
+        return ""
+    found = next((model.removeprefix(f"{name}:") for name in names if model.startswith(f"{name}:")), "")
+    return found or None
 
 
 def _options(config: GatewayConfig) -> ChannelOptions:

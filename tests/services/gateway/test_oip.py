@@ -33,7 +33,7 @@ async def test_triton_s_client_gets_the_reward_service_s_scores(edge, upstreams)
     np.testing.assert_allclose(told["normalized"], both.normalized_scores, rtol=1e-6)
     np.testing.assert_allclose(told["alone"], alone.scores, rtol=1e-6)
     assert told["live"] and told["ready"] and told["model_ready"] == [True, False] and told["id"] == "r-1"
-    assert told["outputs_of_alone"] == ["score"] and told["inputs"] == ["prompt", "response", "text"]
+    assert told["outputs_of_alone"] == ["score"] and told["inputs"] == ["prompt", "response", "text", "reference"]
     (unknown, _), (missing, message) = told["refusals"]
     assert unknown == "StatusCode.NOT_FOUND" and missing == "StatusCode.INVALID_ARGUMENT"
     assert message.startswith("inputs: give prompt and response")

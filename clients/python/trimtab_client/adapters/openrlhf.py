@@ -28,6 +28,12 @@ def split_query(query: str, prompt: str, strip_special: Sequence[str] = ()) -> t
     return "", query
 
 
+def labels_as_references(labels: Any, count: int) -> list[str] | None:
+    """OpenRLHF's labels where they are one text a sequence, which a verifier compares responses with; else None."""
+    texts = isinstance(labels, list) and len(labels) == count and all(isinstance(label, str) for label in labels)
+    return list(labels) if texts and any(labels) else None
+
+
 def _stripped(text: str, special: Sequence[str]) -> str:
     found = True
     while found:
@@ -45,6 +51,7 @@ class OpenRlhfReward(Rewards):
         addresses: of the reward service, "host:port" or several.
         strip_special: special tokens, as text, at the ends of queries (see `split_query`).
         normalized: scores by the version's own mean and deviation instead of the bare logits.
+        scorer: one of the service's, where that has several. Labels that are texts are references of verifiers.
     """
 
     def __init__(
@@ -54,8 +61,9 @@ class OpenRlhfReward(Rewards):
         *,
         strip_special: Sequence[str] = (),
         normalized: bool = False,
+        scorer: str = "",
     ) -> None:
-        super().__init__(addresses, options, normalized=normalized)
+        super().__init__(addresses, options, normalized=normalized, scorer=scorer)
         self._strip_special = tuple(strip_special)
 
     def __call__(self, queries: Sequence[str], prompts: Sequence[str], labels: Any = None) -> dict[str, Any]:
@@ -63,5 +71,5 @@ class OpenRlhfReward(Rewards):
         import torch  # pyright: ignore[reportMissingImports]: the trainer's, not ours
 
         pairs = [split_query(q, p, self._strip_special) for q, p in zip(queries, prompts, strict=True)]
-        rewards = torch.tensor(self.texts(pairs), dtype=torch.float32)
+        rewards = torch.tensor(self.texts(pairs, labels_as_references(labels, len(pairs))), dtype=torch.float32)
         return {"rewards": rewards, "scores": rewards, "extra_logs": {}}

@@ -13,21 +13,33 @@ from trimtab_client.reward import RewardClient
 
 
 class Rewards:
-    """Scores as plain lists of floats. Raises TrimtabError where the service does."""
+    """Scores as plain lists of floats. Raises TrimtabError where the service does.
 
-    def __init__(self, addresses: Addresses, options: ChannelOptions = DEFAULTS, *, normalized: bool = False) -> None:
+    References, one a sequence, are what a verifier compares the responses with.
+    """
+
+    def __init__(
+        self, addresses: Addresses, options: ChannelOptions = DEFAULTS, *, normalized: bool = False, scorer: str = ""
+    ) -> None:
         self._addresses = addresses
         self._options = options
         self._normalized = normalized
+        self._scorer = scorer
         self._client = RewardClient(addresses, options)
 
-    def texts(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def texts(self, pairs: Sequence[tuple[str, str]], references: Sequence[str] | None = None) -> list[float]:
         """One score a (prompt, response) pair."""
-        return self._chosen(self._client.score_texts(pairs)) if pairs else []
+        if not pairs:
+            return []
+        return self._chosen(self._client.score_texts(pairs, scorer=self._scorer, references=references))
 
-    def chats(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[float]:
+    def chats(
+        self, conversations: Sequence[Sequence[ChatMessage]], references: Sequence[str] | None = None
+    ) -> list[float]:
         """One score a conversation, whose last message is the response."""
-        return self._chosen(self._client.score_chats(conversations)) if conversations else []
+        if not conversations:
+            return []
+        return self._chosen(self._client.score_chats(conversations, scorer=self._scorer, references=references))
 
     def close(self) -> None:
         """Close the channels."""

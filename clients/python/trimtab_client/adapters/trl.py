@@ -24,6 +24,8 @@ class TrlReward(Rewards):
         addresses: of the reward service, "host:port" or several.
         normalized: scores by the version's own mean and deviation instead of the bare logits.
         name: how TRL's logs name this reward.
+        scorer: one of the service's, where that has several.
+        reference_column: the data set's column that a verifier compares completions with.
     """
 
     def __init__(
@@ -33,16 +35,22 @@ class TrlReward(Rewards):
         *,
         normalized: bool = False,
         name: str = "trimtab_reward",
+        scorer: str = "",
+        reference_column: str | None = None,
     ) -> None:
-        super().__init__(addresses, options, normalized=normalized)
+        super().__init__(addresses, options, normalized=normalized, scorer=scorer)
+        self._reference_column = reference_column
         self.__name__ = name
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
-        """The score of each completion, in order; TRL's other columns are not looked at."""
+        """The score of each completion, in order. KeyError where the reference's column is not there."""
+        references = None
+        if self._reference_column is not None:
+            references = [str(reference) for reference in columns[self._reference_column]]
         if any(not isinstance(prompt, str) for prompt in prompts):
             both = zip(prompts, completions, strict=True)
-            return self.chats([[*_messages(prompt), *_messages(completion)] for prompt, completion in both])
-        return self.texts([(str(p), _text(c)) for p, c in zip(prompts, completions, strict=True)])
+            return self.chats([[*_messages(prompt), *_messages(completion)] for prompt, completion in both], references)
+        return self.texts([(str(p), _text(c)) for p, c in zip(prompts, completions, strict=True)], references)
 
 
 def _messages(text: Text) -> list[ChatMessage]:

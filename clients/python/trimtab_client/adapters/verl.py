@@ -27,6 +27,7 @@ class VerlReward:
         addresses: of the reward service, "host:port" or several.
         prompt_key: where in `extra_info` the prompt is.
         normalized: scores by the version's own mean and deviation instead of the bare logits.
+        scorer: one of the service's, where that has several. A ground truth that is a text is a verifier's reference.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class VerlReward:
         *,
         prompt_key: str = "prompt",
         normalized: bool = False,
+        scorer: str = "",
     ) -> None:
         self._client = AsyncRewardClient(addresses, options)
         self._prompt_key = prompt_key
         self._normalized = normalized
+        self._scorer = scorer
 
     async def compute_score(
         self,
@@ -56,10 +59,13 @@ class VerlReward:
                 f"extra_info[{self._prompt_key!r}] is missing: verl passes the response alone, so the data set must "
                 "hold the prompt there"
             )
+        references = [ground_truth] if isinstance(ground_truth, str) and ground_truth else None
         if isinstance(prompt, str):
-            found = await self._client.score_texts([(prompt, solution_str)])
+            pairs = [(prompt, solution_str)]
+            found = await self._client.score_texts(pairs, scorer=self._scorer, references=references)
         else:
-            found = await self._client.score_chats([_conversation(prompt, solution_str)])
+            chats = [_conversation(prompt, solution_str)]
+            found = await self._client.score_chats(chats, scorer=self._scorer, references=references)
         raw, normalized = float(found.scores[0]), float(found.normalized_scores[0])
         return {"score": normalized if self._normalized else raw, "raw_score": raw, "normalized_score": normalized}
 

@@ -1,8 +1,8 @@
 """KServe's Open Inference Protocol v2 over gRPC, of the reward model: what Triton's and KServe's clients speak.
 
-A model is one of the reward model's names. Its inputs are BYTES tensors of equal shape [B] or [B, 1]: `prompt` and
-`response`, or `text` alone. Its outputs are FP32 [B]: `score`, the bare logit, and `normalized_score`. The parameter
-`truncate` cuts what is too long; a model version is a step.
+A model is one of the reward model's names, or NAME:SCORER. Its inputs are BYTES tensors of equal shape [B] or [B, 1]:
+`prompt` and `response`, or `text` alone, and for verifiers `reference`. Its outputs are FP32 [B]: `score`, the bare
+logit, and `normalized_score`. The parameter `truncate` cuts what is too long; a model version is a step.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from trimtab.gateway.config import GatewayConfig
 from trimtab.gateway.oip_v2 import open_inference_grpc_pb2 as pb
 from trimtab.gateway.oip_v2 import open_inference_grpc_pb2_grpc as stubs
 from trimtab.gateway.problems import Problem
-from trimtab.gateway.upstreams import Upstreams
+from trimtab.gateway.upstreams import RewardModel, Upstreams
 from trimtab.runtime.errors import ServiceError, invalid, not_found
-from trimtab_client import AsyncRewardClient, ModelVersion, Scores, TrimtabError
+from trimtab_client import ModelVersion, Scores, TrimtabError
 
 SERVICE_NAME = "inference.GRPCInferenceService"
-INPUTS = ("prompt", "response", "text")
+INPUTS = ("prompt", "response", "text", "reference")
 OUTPUTS = ("score", "normalized_score")
 READY_TIMEOUT_S = 5.0
 
@@ -55,9 +55,9 @@ class OipServicer(stubs.GRPCInferenceServiceServicer):
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Any) -> pb.ModelMetadataResponse:
         """Inputs, outputs and the version that is served."""
-        client = self._client(request.name, "name")
+        model = self._model(request.name, "name")
         try:
-            info = await client.get_model(READY_TIMEOUT_S)
+            info = await model.client.get_model(READY_TIMEOUT_S)
         except TrimtabError as error:
             raise _as_service_error(error) from error
         Tensor = pb.ModelMetadataResponse.TensorMetadata
@@ -73,33 +73,44 @@ class OipServicer(stubs.GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInferResponse:
         """Score a batch."""
-        client = self._client(request.model_name, "model_name")
-        pairs = read_pairs(request)
+        model = self._model(request.model_name, "model_name")
+        pairs, references = read_rows(request)
         wanted = _wanted(request)
         left_s = context.time_remaining()
         timeout_s = self._config.timeout_s if left_s is None else min(left_s, self._config.max_timeout_s)
         try:
-            found = await client.score_texts(pairs, _pin(request.model_version), _truncate(request), timeout_s)
+            found = await model.client.score_texts(
+                pairs,
+                _pin(request.model_version),
+                _truncate(request),
+                timeout_s,
+                scorer=model.scorer,
+                references=references,
+            )
         except TrimtabError as error:
             raise _as_service_error(error) from error
         return _response(request, wanted, found)
 
     async def _ready(self, name: str) -> bool:
         try:
-            await self._client(name, "name").get_model(READY_TIMEOUT_S)
+            model = self._model(name, "name")
+            info = await model.client.get_model(READY_TIMEOUT_S)
         except (ServiceError, TrimtabError):
             return False
-        return True
+        return not model.scorer or model.scorer in {scorer.name for scorer in info.scorers}
 
-    def _client(self, name: str, field: str) -> AsyncRewardClient:
+    def _model(self, name: str, field: str) -> RewardModel:
         try:
             return self._upstreams.reward(name, field)
         except Problem as problem:
             raise not_found(problem.message, field=field) from None
 
 
-def read_pairs(request: pb.ModelInferRequest) -> list[tuple[str, str]]:
-    """The (prompt, response) pairs of a request; ServiceError INVALID_ARGUMENT naming the input that is wrong."""
+def read_rows(request: pb.ModelInferRequest) -> tuple[list[tuple[str, str]], list[str] | None]:
+    """The (prompt, response) pairs of a request and their references, if it has these.
+
+    ServiceError INVALID_ARGUMENT naming the input that is wrong.
+    """
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise invalid("raw_input_contents", f"{len(raw)} tensors for {len(request.inputs)} inputs")
@@ -114,14 +125,20 @@ def read_pairs(request: pb.ModelInferRequest) -> list[tuple[str, str]]:
             raise invalid(f"{field}.contents", "must be empty beside raw_input_contents")
         values = list(_unpacked(raw[index], index)) if raw else list(tensor.contents.bytes_contents)
         columns[tensor.name] = _texts(tensor, field, values)
+    references = columns.pop("reference", None)
     given = set(columns)
     if given == {"text"}:
-        return [("", text) for text in columns["text"]]
-    if given != {"prompt", "response"}:
+        responses = columns["text"]
+        prompts = [""] * len(responses)
+    elif given == {"prompt", "response"}:
+        prompts, responses = columns["prompt"], columns["response"]
+    else:
         raise invalid("inputs", f"give prompt and response, or text alone; got {', '.join(sorted(given)) or 'nothing'}")
-    if len(columns["prompt"]) != len(columns["response"]):
-        raise invalid("inputs", f"{len(columns['prompt'])} prompts for {len(columns['response'])} responses")
-    return list(zip(columns["prompt"], columns["response"], strict=True))
+    if len(prompts) != len(responses):
+        raise invalid("inputs", f"{len(prompts)} prompts for {len(responses)} responses")
+    if references is not None and len(references) != len(responses):
+        raise invalid("inputs", f"{len(references)} references for {len(responses)} responses")
+    return list(zip(prompts, responses, strict=True)), references
 
 
 def _texts(tensor: pb.ModelInferRequest.InferInputTensor, field: str, values: Sequence[bytes]) -> list[str]:

@@ -15,12 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.gateway.guard import visit_of
 from trimtab.gateway.json_bodies import JsonRoute
-from trimtab.gateway.problems import POSTED, documented
+from trimtab.gateway.problems import POSTED, documented, in_callers_words
 from trimtab.gateway.room import room_of
 from trimtab.gateway.schemas import Body, Text
 
 router = APIRouter(route_class=JsonRoute, tags=["dialects"])
 
+WORDS = {"texts.items": "input", "scorer": "model"}
 Texts = Annotated[list[Text], Field(min_length=1)]
 
 
@@ -71,10 +72,13 @@ class ClassifyReply(BaseModel):
 async def classify(request: Request, body: ClassifyBody) -> ClassifyReply:
     """vLLM's classification, of the reward model."""
     room, visit = room_of(request), visit_of(request)
-    client = room.upstreams.reward(body.model)
+    model = room.upstreams.reward(body.model)
     texts = [body.input] if isinstance(body.input, str) else body.input
     cut = body.truncate_prompt_tokens is not None
-    found = await client.score_texts([("", text) for text in texts], truncate=cut, timeout_s=visit.left_s)
+    call = model.client.score_texts(
+        [("", text) for text in texts], truncate=cut, timeout_s=visit.left_s, scorer=model.scorer
+    )
+    found = await in_callers_words(call, WORDS)
     values = (1 + np.tanh(found.scores / 2)) / 2 if body.use_activation else found.scores
     return ClassifyReply(
         id=f"classify-{visit.request_id}",
