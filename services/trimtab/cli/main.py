@@ -12,6 +12,7 @@ from trimtab.cli import data, keys, label, rounds, versions
 from trimtab.cli.compare import compare
 from trimtab.cli.demo import demo
 from trimtab.cli.deploy import deploy
+from trimtab.cli.doctor import doctor
 from trimtab.cli.errors import exit_with
 from trimtab.cli.generate import generate
 from trimtab.cli.job import job
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, up, serve, train, job, generate, score, compare, deploy):
+for command in (demo, up, serve, train, job, doctor, generate, score, compare, deploy):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(keys.app, name="keys")

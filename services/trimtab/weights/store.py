@@ -33,6 +33,7 @@ from trimtab.weights.manifest import Manifest
 from trimtab.weights.object_files import ObjectFiles
 from trimtab.weights.publish import Publication, fence_pointers, move_pointer, publish
 from trimtab.weights.retention import Retention, versions_to_prune
+from trimtab.weights.small_files import probe, read_file
 from trimtab_client import ModelVersion
 
 
@@ -116,6 +117,20 @@ class Store:
             with lease.guarding() if lease is not None else nullcontext():
                 move_pointer(self._catalog, manifest, lease)
             return manifest
+
+    def read_file(self, version: ModelVersion | Manifest, name: str) -> bytes:
+        """One small file of a version (config.json), verified, without fetching its weights.
+
+        Raises VersionNotFoundError, also for a name that it does not have; CorruptVersionError, ParentMissingError.
+        """
+        manifest = self._resolve(version)
+        with self._doing("reading"):
+            return read_file(self._catalog, manifest, name)
+
+    def probe(self) -> None:
+        """Write a few bytes, read and remove them again: whether a run could publish here. Raises StoreFullError."""
+        with self._doing("writing to"):
+            probe(self._backend)
 
     def acquire_lease(self, run_id: str, owner: str, ttl_s: float, *, wait_s: float = 0.0) -> Lease:
         """Takes the right to publish versions of a run, with a token above all before.

@@ -1,0 +1,199 @@
+"""How much memory a recipe needs, reckoned from shapes: docs/doctor.md has the formulas, their sources and how far they
+were off where they were measured.
+
+All numbers are bytes of one process (of one rank where a trainer has several). Letters as there: P parameters, c bytes
+of the compute dtype, N tokens of a micro-batch, L layers, h hidden, a width of all heads, i of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trimtab.kernels.chunked_torch import CHUNK_BYTES
+from trimtab.models.attention import SHORT_ON_CPU
+from trimtab.rounds.doctor.shapes import ModelShape
+from trimtab.trainer.stages import PpoConfig, RewardModelConfig, SftConfig, Stage
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+GPU_SCRATCH_BYTES = 1 << 30
+"""`kernels.triton_ppo.SCRATCH_BYTES`, which cannot be imported where there is no Triton."""
+CACHE_COLUMNS = 64
+"""The KV cache keeps half its longest sequence as room to grow, in columns of so many."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one process keeps in the memory of its device, by what it is for, bytes."""
+
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model trains.
+
+    Attributes:
+        compute_bytes: c, of a weight in the forward pass.
+        tokens: N, of a micro-batch.
+        longest: tokens of the longest sequence.
+        ranks: processes over which FSDP2 shards what the model keeps.
+    """
+
+    compute_bytes: int
+    tokens: int
+    longest: int
+    checkpointing: bool
+    on_cpu: bool
+    ranks: int = 1
+
+
+def layer_activation_bytes(shape: ModelShape, compute_bytes: int, *, longest: int, on_cpu: bool) -> int:
+    """What one block keeps of one token for its backward pass.
+
+    Of width h: the normalised input and the output of two norms; of width a: queries, keys and values (repeated for
+    their group of queries) and attention's output in two layouts; of width i: gate, up, activated gate and their
+    product; the rotation's sine and, in float32, two norms' statistics and the log-sum-exp of each head.
+    """
+    h, a, i = shape.hidden, shape.attention_width, shape.intermediate
+    attention, statistics = 5 * a + shape.head_dim, 4 * shape.heads + 8
+    if on_cpu and longest <= SHORT_ON_CPU:  # plain matrix products: the weights instead of the log-sum-exp
+        attention, statistics = 4 * a + shape.head_dim + shape.heads * longest, 8
+    if shape.query_key_norms:
+        attention += (shape.heads + shape.kv_heads) * shape.head_dim
+        statistics += 4 * (shape.heads + shape.kv_heads)
+    return compute_bytes * (4 * h + attention + (4 if shape.gated else 2) * i) + statistics
+
+
+def activation_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Of a forward and backward pass of a micro-batch: what is kept, and what the backward pass of a block works with.
+
+    With checkpointing each block keeps its input, and one block at a time has all of it.
+    """
+    c, h = setting.compute_bytes, shape.hidden
+    layer = layer_activation_bytes(shape, c, longest=setting.longest, on_cpu=setting.on_cpu)
+    blocks = shape.layers * c * h + layer if setting.checkpointing else shape.layers * layer
+    working = c * (2 * h + 3 * shape.intermediate)
+    return setting.tokens * (blocks + 4 * c * h + working)
+
+
+def head_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Of the fused head: the float32 gradient of its weight and the scratch for rows of logits, never all of them."""
+    weight = 4 * shape.head_parameters
+    if setting.on_cpu:
+        cast = weight if setting.compute_bytes < 4 else 0
+        return weight + cast + min(2 * CHUNK_BYTES, 8 * setting.tokens * shape.vocabulary)
+    return weight + min(GPU_SCRATCH_BYTES, 2 * setting.tokens * shape.vocabulary)
+
+
+def trained_model(shape: ModelShape, setting: Setting, *, scalar: bool = False, average: bool = False) -> Need:
+    """A model that AdamW trains: ZeRO's 16 to 18 bytes a parameter (arXiv:1910.02054, section 3.1), sharded over ranks,
+    and for a micro-batch what is larger: its activations, or its gradients in the compute dtype.
+    """
+    parameters = shape.scalar_parameters if scalar else shape.parameters
+    c, shard = setting.compute_bytes, -(-parameters // setting.ranks)
+    parts = {
+        "weights": c * shard,
+        "master weights": 4 * shard if c < 4 else 0,
+        "optimizer": 8 * shard,
+        "gradients": 4 * shard,
+        "average": (4 + c) * shard if average else 0,
+    }
+    activations = activation_bytes(shape, setting) + (0 if scalar else head_bytes(shape, setting))
+    parts["activations"] = max(activations, c * shard if c < 4 else 0)
+    if setting.ranks > 1:  # a block and the next one whole, its gradient, and the root's embeddings and head
+        roots = shape.head_parameters * (1 if shape.tied or scalar else 2)
+        parts["gathered"] = c * (2 * shape.block_parameters + roots) + 4 * shape.block_parameters
+    return Need({name: size for name, size in parts.items() if size})
+
+
+def side_by_side(policy: Need, value: Need, *, on_cpu: bool) -> Need:
+    """Two models in one trainer. On a CPU both work at once; else one after the other, so the larger pass counts."""
+    passing = ("activations", "gathered")
+    parts = {f"policy's {name}": size for name, size in policy.parts.items() if name not in passing}
+    parts |= {f"value model's {name}": size for name, size in value.parts.items() if name not in passing}
+    for name in passing:
+        sizes = [need.parts.get(name, 0) for need in (policy, value)]
+        if any(sizes):
+            parts[name] = sum(sizes) if on_cpu else max(sizes)
+    return Need(parts)
+
+
+def trainer(
+    stage: Stage,
+    policy: ModelShape,
+    value: ModelShape | None,
+    *,
+    on_cpu: bool,
+    ranks: int = 1,
+    reference_bytes: int = 2,
+) -> Need:
+    """One rank of the trainer of a stage; `value` is the value model of PPO with GAE.
+
+    `reference_bytes` are those of a weight of the reference's LM head, which exact KL keeps.
+    """
+    shared = stage.stage
+    longest = min(shared.max_length, policy.max_length)
+    batch = _sequences(stage) * longest
+    setting = Setting(
+        compute_bytes=DTYPE_BYTES[shared.compute_dtype],
+        tokens=min(max(shared.micro_batch_tokens, longest), batch),
+        longest=longest,
+        checkpointing=shared.activation_checkpointing,
+        on_cpu=on_cpu,
+        ranks=ranks,
+    )
+    if isinstance(stage, RewardModelConfig):
+        return trained_model(policy, setting, scalar=True)
+    if isinstance(stage, SftConfig):
+        return trained_model(policy, setting)
+    need = trained_model(policy, setting, average=stage.ema_decay is not None)
+    if value is not None:
+        need = side_by_side(need, trained_model(value, setting, scalar=True), on_cpu=on_cpu)
+    if stage.exact_kl:
+        need = Need({**need.parts, "reference's LM head": setting.compute_bytes * policy.head_parameters})
+    return need
+
+
+def _sequences(stage: Stage) -> int:
+    """Most sequences of one optimizer step."""
+    if isinstance(stage, SftConfig):
+        return stage.batch_size
+    if isinstance(stage, PpoConfig):
+        return stage.minibatch_size
+    return stage.batch_prompts * 9
+
+
+def generator(shape: ModelShape, *, dtype: str, slots: int, longest: int, prefill_tokens: int) -> Need:
+    """The local engine: weights, the KV cache of its slots (vLLM, arXiv:2309.06180, section 3: 2·L·h_kv a token), the
+    logits of a decode step in float32 with two copies of the sampler's, and a prefill's pass.
+    """
+    c = DTYPE_BYTES[dtype]
+    per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * c
+    columns = -(-(longest + max(CACHE_COLUMNS, longest // 2)) // CACHE_COLUMNS) * CACHE_COLUMNS
+    return Need(
+        {
+            "weights": c * shape.parameters,
+            "KV cache": slots * columns * per_token,
+            "logits": 3 * 4 * slots * shape.vocabulary,
+            "activations": forward_bytes(shape, c, prefill_tokens),
+        }
+    )
+
+
+def scorer(shape: ModelShape, *, dtype: str, batch_tokens: int, scalar: bool) -> Need:
+    """A reward or reference service: weights and one packed forward pass without gradients."""
+    c = DTYPE_BYTES[dtype]
+    parameters = shape.scalar_parameters if scalar else shape.parameters
+    return Need({"weights": c * parameters, "activations": forward_bytes(shape, c, batch_tokens)})
+
+
+def forward_bytes(shape: ModelShape, compute_bytes: int, tokens: int) -> int:
+    """A pass without gradients: the residual stream and the widest of a block's two halves."""
+    widest = max(3 * shape.intermediate, 7 * shape.attention_width)
+    return compute_bytes * tokens * (3 * shape.hidden + widest)
