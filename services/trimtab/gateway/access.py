@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from trimtab.gateway.config import GatewayConfig
 from trimtab.gateway.problems import Problem
 from trimtab.gateway.rates import RateLimiter
-from trimtab.runtime.auth import Authenticator, require
+from trimtab.runtime.auth import Authenticator, Principal, require
 from trimtab.runtime.errors import ServiceError
 from trimtab.runtime.roles import ANY, PUBLIC
 
@@ -63,6 +63,10 @@ class Gate:
             require(principal, ROLES.get(route or "", ANY))
         except ServiceError as error:
             raise Problem(error.code.name, error.message, retry_after_s=error.retry_after_s) from None
+        return self.count(principal, host)
+
+    def count(self, principal: Principal, host: str) -> Caller:
+        """Count a request of this caller, on either port; Problem 429 where there were too many."""
         caller = Caller(host if self._authenticator.is_open else principal.name)
         wait_s = self._rates.wait_s(caller.name) if self._rates is not None else 0.0
         if wait_s > 0:

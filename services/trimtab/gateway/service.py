@@ -42,4 +42,4 @@ async def load(context: ServerContext) -> Sequence[Service]:
     context.ports["http_port"] = server.port
     log.info(f"answering HTTP on {server.address}")
     add = open_inference_grpc_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
-    return [Service(SERVICE_NAME, add, OipServicer(config, upstreams))]
+    return [Service(SERVICE_NAME, add, OipServicer(config, upstreams, gate))]

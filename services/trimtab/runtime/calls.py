@@ -6,6 +6,7 @@ An interceptor over everything but health. A caller is known and allowed before 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any, Self
 
 import grpc
@@ -29,6 +30,8 @@ log = get_logger(__name__)
 Behaviour = Callable[[Any, grpc.aio.ServicerContext], Any]
 Parse = Callable[[bytes], Any]
 SAN_PROPERTY = "x509_subject_alternative_name"
+# Who makes the call that is being served, in the task that serves it.
+CALLER: ContextVar[Principal] = ContextVar("caller", default=ANYONE)
 FAULTS = (StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS)
 
 
@@ -193,6 +196,7 @@ class _Call:
             if overload is not None:
                 raise overload
             self._principal = await self._interceptor.admit(self._path, self._context)
+            CALLER.set(self._principal)
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise

@@ -3,10 +3,12 @@
 import asyncio
 import io
 import itertools
-import tracemalloc
+import sys
 
 import pytest
 
+from tests.services.client.conftest import Room
+from tests.services.client.test_client_renewal import server
 from trimtab.runtime.errors import exhausted, invalid
 from trimtab_client import AsyncRewardClient, ChannelOptions, InvalidArgument, RewardClient
 from trimtab_client.progress import Progress
@@ -107,25 +109,47 @@ async def test_an_asynchronous_source_is_read_as_it_comes(rooms):
         assert [one.score async for one in client.score_many(source(), batch_rows=4)] == [i % 7 for i in range(25)]
 
 
-async def test_memory_does_not_grow_with_the_number_of_rows(rooms):
-    room = await rooms()
+class Forgetful(Room):
+    """A room that keeps nothing of its calls."""
 
-    async def peak(count: int) -> int:
-        async with AsyncRewardClient(room.address, OPTIONS) as client:
-            tracemalloc.reset_peak()
-            async for _ in client.score_many(pairs(count), batch_rows=64, at_once=2):
-                room.calls.clear()
-                room.metadata.clear()
-                room.deadlines_s.clear()
-            return tracemalloc.get_traced_memory()[1]
+    async def enter(self, method, request, context) -> None:
+        pass
 
-    tracemalloc.start()
-    try:
-        await peak(1_000)
-        few, many = await peak(1_000), await peak(20_000)
-    finally:
-        tracemalloc.stop()
-    assert many < few + 500_000
+
+MEMORY = """
+import asyncio, re, sys
+from trimtab_client import AsyncRewardClient, RewardClient
+
+address, style, counts = sys.argv[1], sys.argv[2], [int(count) for count in sys.argv[3:]]
+rows = lambda count: ((f"prompt {i} " + "p" * 150, "r" * (i % 100)) for i in range(count))
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+async def many(count):
+    async with AsyncRewardClient(address) as client:
+        total = 0
+        async for one in client.score_many(rows(count), batch_rows=500):
+            total += one.score if one.score == 99 else 0
+        return total
+
+def many_blocking(count):
+    with RewardClient(address) as client:
+        return sum(one.score for one in client.score_many(rows(count), batch_rows=500) if one.score == 99)
+
+for count in counts:
+    assert (asyncio.run(many(count)) if style == "asyncio" else many_blocking(count)) == 99 * (count // 100)
+    print(peak())
+"""
+
+
+@pytest.mark.parametrize("style", ["sync", "asyncio"])
+async def test_memory_does_not_grow_with_the_number_of_rows(style):
+    async with server(Forgetful()) as running:
+        command = [sys.executable, "-c", MEMORY, running.address, style, "20000", "200000"]
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        out, _ = await asyncio.wait_for(process.communicate(), 300)
+    assert process.returncode == 0
+    few, many = map(int, out.split())
+    assert many < few + 12 * 2**20  # the rows alone are 50 MiB
 
 
 def test_progress_is_a_line_redrawn_on_a_terminal():

@@ -10,10 +10,12 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from tests.services.gateway.conftest import TIMEOUT_S
+from tests.services.gateway.conftest import TIMEOUT_S, gateway
+from trimtab.gateway.dialects.oip import host_of
 from trimtab.gateway.oip_v2 import open_inference_grpc_pb2 as pb
 from trimtab.gateway.oip_v2 import open_inference_grpc_pb2_grpc as stubs
 from trimtab_client import AsyncRewardClient
+from trimtab_client.errors import from_rpc_error
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 PEER = Path(__file__).parent / "peers" / "triton_scores.py"
@@ -81,6 +83,30 @@ async def test_a_wrong_request_is_refused_by_the_field_that_is_wrong(edge, field
             await stub.ModelInfer(pb.ModelInferRequest(model_name="reward", **WRONG[field]), timeout=TIMEOUT_S)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert (refused.value.details() or "").startswith(f"{field}: ")
+
+
+async def test_calls_count_with_the_requests_over_http_and_too_many_are_told_when_to_come_again(upstreams):
+    async with (
+        gateway(**upstreams, requests_per_s=0.5, burst=2) as strict,
+        grpc.aio.insecure_channel(strict.grpc) as channel,
+    ):
+        stub = stubs.GRPCInferenceServiceStub(channel)
+        request = pb.ModelInferRequest(model_name="reward", inputs=[tensor()])
+        assert (await strict.http.get("/v1/models")).status_code == 200
+        await stub.ModelInfer(request, timeout=TIMEOUT_S)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.ModelInfer(request, timeout=TIMEOUT_S)
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    error = from_rpc_error(refused.value)
+    assert error.retry_after_s is not None and 0 < error.retry_after_s <= 2
+
+
+@pytest.mark.parametrize(
+    ("peer", "host"),
+    [("ipv4:10.0.0.1:4711", "10.0.0.1"), ("ipv6:%5B::1%5D:4711", "::1"), ("unix:", "unix:")],
+)
+async def test_the_host_of_a_grpc_peer(peer, host):
+    assert host_of(peer) == host
 
 
 async def test_a_step_that_is_not_served_is_not_scored_by_another(edge):

@@ -10,18 +10,21 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import grpc.aio
 import numpy as np
 from grpc import StatusCode
 
 from trimtab import __version__
+from trimtab.gateway.access import Gate
 from trimtab.gateway.config import GatewayConfig
 from trimtab.gateway.oip_v2 import open_inference_grpc_pb2 as pb
 from trimtab.gateway.oip_v2 import open_inference_grpc_pb2_grpc as stubs
 from trimtab.gateway.problems import Problem
 from trimtab.gateway.upstreams import RewardModel, Upstreams
-from trimtab.runtime.errors import ServiceError, invalid, not_found
+from trimtab.runtime.calls import CALLER
+from trimtab.runtime.errors import ServiceError, exhausted, invalid, not_found
 from trimtab_client import ModelVersion, Scores, TrimtabError
 
 SERVICE_NAME = "inference.GRPCInferenceService"
@@ -33,9 +36,10 @@ READY_TIMEOUT_S = 5.0
 class OipServicer(stubs.GRPCInferenceServiceServicer):
     """inference.GRPCInferenceService."""
 
-    def __init__(self, config: GatewayConfig, upstreams: Upstreams) -> None:
+    def __init__(self, config: GatewayConfig, upstreams: Upstreams, gate: Gate) -> None:
         self._config = config
         self._upstreams = upstreams
+        self._gate = gate
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Any) -> pb.ServerLiveResponse:
         """The gateway runs."""
@@ -43,6 +47,7 @@ class OipServicer(stubs.GRPCInferenceServiceServicer):
 
     async def ServerReady(self, request: pb.ServerReadyRequest, context: Any) -> pb.ServerReadyResponse:
         """The reward service answers."""
+        self._count(context)
         return pb.ServerReadyResponse(ready=await self._ready(self._config.reward_names[0]))
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Any) -> pb.ServerMetadataResponse:
@@ -51,10 +56,12 @@ class OipServicer(stubs.GRPCInferenceServiceServicer):
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:
         """The model is known and its service answers."""
+        self._count(context)
         return pb.ModelReadyResponse(ready=await self._ready(request.name))
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Any) -> pb.ModelMetadataResponse:
         """Inputs, outputs and the version that is served."""
+        self._count(context)
         model = self._model(request.name, "name")
         try:
             info = await model.client.get_model(READY_TIMEOUT_S)
@@ -73,6 +80,7 @@ class OipServicer(stubs.GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInferResponse:
         """Score a batch."""
+        self._count(context)
         model = self._model(request.model_name, "model_name")
         pairs, references = read_rows(request)
         wanted = _wanted(request)
@@ -91,6 +99,13 @@ class OipServicer(stubs.GRPCInferenceServiceServicer):
             raise _as_service_error(error) from error
         return _response(request, wanted, found)
 
+    def _count(self, context: Any) -> None:
+        """RESOURCE_EXHAUSTED where this caller asks too often, over HTTP and gRPC together."""
+        try:
+            self._gate.count(CALLER.get(), host_of(context.peer()))
+        except Problem as problem:
+            raise exhausted(problem.message, retry_after_s=problem.retry_after_s or 1.0) from None
+
     async def _ready(self, name: str) -> bool:
         try:
             model = self._model(name, "name")
@@ -104,6 +119,11 @@ class OipServicer(stubs.GRPCInferenceServiceServicer):
             return self._upstreams.reward(name, field)
         except Problem as problem:
             raise not_found(problem.message, field=field) from None
+
+
+def host_of(peer: str) -> str:
+    """The host in gRPC's name of a peer: "ipv4:10.0.0.1:4711", "ipv6:%5B::1%5D:4711"."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]") or peer
 
 
 def read_rows(request: pb.ModelInferRequest) -> tuple[list[tuple[str, str]], list[str] | None]:
