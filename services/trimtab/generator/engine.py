@@ -4,7 +4,7 @@ An engine is fed sequences and stepped; it never waits, sleeps or talks to a net
 worker's thread, service.py turns wire messages into these types and back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
@@ -131,11 +131,11 @@ class StagedPatches:
 class StagedWeights:
     """A new version in host memory, already verified: its tensors by the names of the model's state dict.
 
-    They belong to the engine from the swap on.
+    They belong to the engine from the swap on; it may leave the weights of before in them.
     """
 
     version: ModelVersion
-    tensors: Mapping[str, Any]
+    tensors: dict[str, Any]
 
 
 Outcome = FinishedSequence | FailedSequence

@@ -48,7 +48,7 @@ def load_policy(config: GeneratorConfig, store: Store | None) -> LoadedPolicy:
         source = resolve_source(config.model, store)
         # transformers' own attention, not the packed one: decoding reads a cache.
         model = load_pretrained(AutoModelForCausalLM, source.path_or_id, dtype=config.dtype, attention=None)
-        policy = Policy(model.to(config.device), load_tokenizer(source.path_or_id), config.model)  # type: ignore[arg-type]
+        policy = Policy(in_own_memory(model.to(config.device)), load_tokenizer(source.path_or_id), config.model)  # type: ignore[arg-type]
         if config.self_check:
             check_selected_logprobs(config.device)
             selfcheck.prepare(policy.model)
@@ -57,6 +57,14 @@ def load_policy(config: GeneratorConfig, store: Store | None) -> LoadedPolicy:
     except (store_errors.StoreError, ModelLoadError, ValueError) as error:
         raise StartError(f"model: {error}") from error
     return LoadedPolicy(policy, source.version)
+
+
+def in_own_memory(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with its tensors out of the mapped file: writing there costs a page fault every 4 KB during a swap."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def max_length_of(config: GeneratorConfig, policy: Policy) -> int:
@@ -120,7 +128,14 @@ def _read(folder: Path, version: ModelVersion, policy: Policy) -> dict[str, torc
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise data_loss(f"{version} is broken: {name} holds numbers that are not finite")
-    return {name: tensor.to(live[name].dtype if name in live else None) for name, tensor in tensors.items()}
+    return {name: tensor.to(live[name].dtype if name in live else None, copy=True) for name, tensor in tensors.items()}
+
+
+def let_go(staged: StagedWeights | StagedPatches) -> None:
+    """Free what the engine gave back, a tensor at a time: freeing one holds the interpreter, and so the engine."""
+    if isinstance(staged, StagedWeights):
+        while staged.tensors:
+            staged.tensors.popitem()
 
 
 def _retried(read: Callable[[], T]) -> T:

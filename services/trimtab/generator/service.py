@@ -13,7 +13,7 @@ import grpc.aio
 from trimtab.generator.config import GeneratorConfig
 from trimtab.generator.driver import EngineDriver
 from trimtab.generator.engine import FailedSequence, FailureReason, FinishedSequence, FinishReason, SequenceRequest
-from trimtab.generator.loading import load_policy, max_length_of, model_info, stage_weights
+from trimtab.generator.loading import let_go, load_policy, max_length_of, model_info, stage_weights
 from trimtab.generator.local.scheduler import LocalEngine
 from trimtab.generator.requests import Bounds, Origin, parse_request
 from trimtab.models.policy import Policy
@@ -103,6 +103,7 @@ class Swapper:
             now = await asyncio.wrap_future(swapping)
         except ValueError as error:
             raise precondition(f"{version}: {error}") from error
+        await asyncio.to_thread(let_go, staged)
         return Served(now, self._policy, model_info(self._config, self._policy, now))
 
 

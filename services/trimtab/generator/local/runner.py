@@ -86,7 +86,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Put staged tensors in the place of the live parameters and buffers.
+        """Put staged tensors in the place of the live parameters and buffers, which are left in their place.
 
         Raises ValueError, with nothing changed, unless names and shapes are those of the live model.
         """
@@ -94,7 +94,9 @@ class ModelRunner:
         check_weights(live, weights)
         for name, tensor in weights.items():
             if (tensor.device, tensor.dtype) == (live[name].device, live[name].dtype):
-                live[name].data = tensor  # no copy while sampling waits
+                # No copy and nothing freed while sampling waits.
+                before, live[name].data = live[name].data, tensor.data
+                tensor.data = before
             else:
                 live[name].data.copy_(tensor)
 
