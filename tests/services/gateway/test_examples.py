@@ -64,7 +64,9 @@ async def test_typescript_scores_over_grpc(upstreams, tmp_path):
     npm, node = shutil.which("npm"), shutil.which("node")
     if npm is None or node is None:
         pytest.skip("node and npm are not installed: the TypeScript example is not run")
-    await ran(npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", cwd=TYPESCRIPT, within_s=240)
+    lock, installed = TYPESCRIPT / "package-lock.json", TYPESCRIPT / "node_modules" / ".package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
+        await ran(npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", cwd=TYPESCRIPT, within_s=240)
     await ran(npm, "run", "build", cwd=TYPESCRIPT)
     command = [node, "dist/score.js", upstreams["reward"], "w1 w2", "w3", "w4 w5"]
     told = [json.loads(line) for line in (await ran(*command, cwd=TYPESCRIPT)).splitlines()]

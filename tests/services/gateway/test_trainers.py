@@ -4,6 +4,7 @@ import ast
 import asyncio
 import importlib
 import inspect
+import json
 import logging
 import pickle
 import sys
@@ -150,3 +151,25 @@ async def test_adapters_import_nothing_of_the_trainers():
         tops = [n for n in ast.parse(source.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
         named = {(n.module or "") if isinstance(n, ast.ImportFrom) else n.names[0].name for n in tops}
         assert not any(name.split(".")[0] in ("torch", "trl", "verl", "openrlhf") for name in named)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_trl_s_grpo_trainer_takes_its_rewards_from_the_service(upstreams, policy_folder, tmp_path):
+    output = tmp_path / "out"
+    script = Path(__file__).parent / "peers" / "trl_trains.py"
+    command = [sys.executable, str(script), str(unpacked("trl", "1.12.0")), str(policy_folder), upstreams["reward"]]
+    process = await asyncio.create_subprocess_exec(
+        *command, str(output), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 280)
+    assert process.returncode == 0, err.decode()[-3000:]
+    told = json.loads(out.splitlines()[-1])
+    rewards = []
+    async with AsyncRewardClient(upstreams["reward"]) as client:
+        for prompts, completions, found in told["asked"]:
+            own = await client.score_texts(list(zip(prompts, completions, strict=True)))
+            assert found == pytest.approx(own.scores.tolist(), rel=1e-5)
+            rewards += found
+    assert len(rewards) >= 4
+    assert told["logged"][0]["rewards/helpful/mean"] == pytest.approx(sum(rewards[:4]) / 4, rel=1e-4)
