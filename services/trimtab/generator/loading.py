@@ -17,7 +17,7 @@ from trimtab.generator.engine import StagedPatches, StagedWeights
 from trimtab.generator.local import selfcheck
 from trimtab.generator.patches import stage_patches
 from trimtab.kernels.selfcheck import KernelMismatchError, check_selected_logprobs
-from trimtab.models.errors import ModelLoadError
+from trimtab.models.errors import ModelLoadError, OtherModelError
 from trimtab.models.folders import load_pretrained
 from trimtab.models.policy import Policy
 from trimtab.models.tokenizers import load_tokenizer, tokenizer_digest
@@ -112,6 +112,8 @@ def stage_weights(
         return StagedWeights(manifest.version, _read(folder, manifest.version, policy))
     except store_errors.StoreError as error:
         raise _refusal(error) from error
+    except OtherModelError as error:
+        raise precondition(f"{version} is no model for this server: {error}", field="version") from error
     except ModelLoadError as error:
         raise data_loss(f"{version} cannot be loaded: {error}") from error
 

@@ -15,3 +15,7 @@ class ModelLoadError(Exception):
         super().__init__(f"{field}: {reason}")
         self.field = field
         self.reason = reason
+
+
+class OtherModelError(ModelLoadError):
+    """A sound folder that holds another kind of model: parameters are missing or have other shapes."""

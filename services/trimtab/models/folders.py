@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from trimtab.models.errors import ModelLoadError
+from trimtab.models.errors import ModelLoadError, OtherModelError
 from trimtab.models.tokenizers import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -48,7 +48,7 @@ def load_pretrained(
     missing = [name for name in report["missing_keys"] if not name.endswith(missing_ok)]
     if missing or report.get("mismatched_keys"):
         names = ", ".join(map(str, [*missing, *report.get("mismatched_keys", [])][:3]))
-        raise ModelLoadError("weights", f"{source}: missing or misshapen parameters, for example {names}")
+        raise OtherModelError("weights", f"{source}: missing or misshapen parameters, for example {names}")
     return model
 
 

@@ -47,12 +47,23 @@ def eos_token_ids(config: Any, generation_config: Any, tokenizer: PreTrainedToke
     return ()
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> np.ndarray:
+    """Ids (int32) of a text as `tokenizer.encode` gives them, by its Rust core at once: a tenth of the time."""
+    core: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    if core.truncation is not None:
+        core.no_truncation()
+    if core.padding is not None:
+        core.no_padding()
+    return np.asarray(core.encode(text, add_special_tokens=special).ids, dtype=np.int32)
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     """Ids (int32) of a prompt, with the special tokens the tokenizer puts in front (but no end token behind)."""
-    ids = np.asarray(tokenizer.encode(text), dtype=np.int32)
-    bare = tokenizer.encode(text, add_special_tokens=False)
-    ended = len(ids) > 0 and ids[-1] == tokenizer.eos_token_id and bare[-1:] != [tokenizer.eos_token_id]
-    return ids[:-1] if ended and len(ids) > 1 else ids
+    ids = encode(tokenizer, text, special=True)
+    if len(ids) < 2 or ids[-1] != tokenizer.eos_token_id:
+        return ids
+    bare = encode(tokenizer, text, special=False)
+    return ids if bare.size and bare[-1] == tokenizer.eos_token_id else ids[:-1]
 
 
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[np.ndarray, int]:
@@ -65,7 +76,7 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, respons
     joint = encode_prompt(tokenizer, prompt + response)
     if joint.size >= prompt_ids.size and np.array_equal(joint[: prompt_ids.size], prompt_ids):
         return joint, int(prompt_ids.size)
-    tail = np.asarray(tokenizer.encode(response, add_special_tokens=False), dtype=np.int32)
+    tail = encode(tokenizer, response, special=False)
     return np.concatenate([prompt_ids, tail]), int(prompt_ids.size)
 
 
@@ -85,7 +96,7 @@ def encode_chat(
         )
     except Exception as error:
         raise ValueError(f"the chat template refused the messages: {first_line(error)}") from error
-    return np.asarray(tokenizer.encode(str(text), add_special_tokens=False), dtype=np.int32)
+    return encode(tokenizer, str(text), special=False)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> str:

@@ -16,7 +16,7 @@ from trimtab.models.errors import ModelLoadError
 from trimtab.models.folders import DTYPES
 from trimtab.models.packing import pack
 from trimtab.models.scalar_head import ScalarModel
-from trimtab.models.tokenizers import encode_chat, encode_continuation
+from trimtab.models.tokenizers import encode, encode_chat, encode_continuation
 
 TextEncoding = Literal["auto", "trained", "plain"]
 
@@ -69,7 +69,7 @@ class Scorer:
         tokenizer = self.model.tokenizer
         if self.encodes_as_trained and len(messages) > 1 and messages[-1]["role"] == "assistant":
             head = encode_chat(tokenizer, messages[:-1], add_generation_prompt=True)
-            reply = np.asarray(tokenizer.encode(messages[-1]["content"], add_special_tokens=False), dtype=np.int32)
+            reply = encode(tokenizer, messages[-1]["content"], special=False)
             return np.concatenate([head, reply, self.end_token_ids])
         return encode_chat(tokenizer, messages, add_generation_prompt=False)
 

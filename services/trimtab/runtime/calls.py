@@ -165,8 +165,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if self._in_flight == 0:
             self._idle.set()
         self._metrics.in_flight.set(self._in_flight)
-        self._metrics.requests.labels(service, method, code.name).inc()
-        self._metrics.request_seconds.labels(service, method).observe(seconds)
+        self._metrics.observe_call(service, method, code.name, seconds)
 
     def overload(self) -> ServiceError | None:
         """The refusal for one call too many, or None."""

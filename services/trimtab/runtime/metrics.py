@@ -22,6 +22,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._calls: dict[tuple[str, str, str], tuple[Counter, Histogram]] = {}
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
         self.requests = Counter(
@@ -51,6 +52,15 @@ class Metrics:
         self.version_loads = Counter(
             "trimtab_version_loads", "Versions staged, by result (ok or failed).", ["result"], registry=self.registry
         )
+
+    def observe_call(self, service: str, method: str, code: str, seconds: float) -> None:
+        """Count one call that has ended."""
+        key = (service, method, code)
+        if key not in self._calls:  # looking a child up by its labels takes longer than counting
+            self._calls[key] = self.requests.labels(*key), self.request_seconds.labels(service, method)
+        counter, histogram = self._calls[key]
+        counter.inc()
+        histogram.observe(seconds)
 
     def observe_batch(self, sequences: int, tokens: int, seconds: float) -> None:
         """Count one batch that the device computed."""

@@ -219,7 +219,10 @@ async def load_version(served: ServedModel[Model], request: model_pb2.LoadVersio
     try:
         return await asyncio.shield(served.move_to(version))
     except Exception as error:
-        raise as_service_error(error) or internal(f"{version} failed to load: {error}") from error
+        refusal = as_service_error(error) or internal(f"{version} failed to load: {error}")
+        if refusal.code == grpc.StatusCode.INVALID_ARGUMENT and refusal.field is None:
+            refusal.field = "version"
+        raise refusal from error
 
 
 async def pinned(

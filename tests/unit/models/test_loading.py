@@ -24,7 +24,7 @@ from trimtab.models.errors import ModelLoadError
 from trimtab.models.packing import pack
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
-from trimtab.models.tokenizers import decode_continuation, encode_continuation, encode_prompt
+from trimtab.models.tokenizers import decode_continuation, encode, encode_continuation, encode_prompt, load_tokenizer
 
 WORDS = [f"w{i}" for i in range(20)]
 
@@ -172,3 +172,15 @@ def test_a_model_that_would_mix_packed_sequences_is_refused(folder, kind):
     model.save_pretrained(folder)
     with pytest.raises(ModelLoadError, match="mixes sequences"):
         (Policy if kind == "policy" else ScalarModel).load(str(folder))
+
+
+@pytest.mark.parametrize("eos_behind", [False, True])
+def test_the_short_way_to_ids_gives_those_of_transformers(tmp_path, eos_behind):
+    tokenizers = [load_tokenizer(str(save_folder(tmp_path, eos_behind=eos_behind)))]
+    tokenizers.append(load_tokenizer("examples/models/stories260K-hf"))
+    for tokenizer in tokenizers:
+        tokenizer(["w1", "w1 w2 w3"], truncation=True, max_length=2)  # leaves its settings in the core
+        for text in ("", "w1 w2  w3", "Once upon a time, ünïcode \U0001f600\n", "<eos> w1 <bos>", " leading"):
+            for special in (True, False):
+                want = tokenizer.encode(text, add_special_tokens=special)
+                assert encode(tokenizer, text, special=special).tolist() == want, (text, special)

@@ -1,0 +1,187 @@
+"""Thousands of spoiled requests to every RPC: each is answered by type, naming the field, and nothing is worn out."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from grpc import StatusCode
+
+from tests.services.bad_input.mutations import mutated
+from tests.services.bad_input.requests import Target, targets
+from trimtab.weights.store import open_store
+from trimtab_client import RewardClient
+
+REFUSALS = {
+    StatusCode.INVALID_ARGUMENT,
+    StatusCode.FAILED_PRECONDITION,
+    StatusCode.NOT_FOUND,
+    StatusCode.ALREADY_EXISTS,
+    StatusCode.RESOURCE_EXHAUSTED,
+}
+"""What a caller can do something about; and UNAVAILABLE, where a version is pinned that may still come."""
+AT_ONCE = 24
+PATIENCE_S = 120.0
+PINNED_PATIENCE_S = 2.0
+GROWTH_MB = 60
+"""What caches of all four services may still grow by once each RPC has seen some hundreds of requests."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """The process of every service, where they listen, and the digest of their tokenizer."""
+
+    process: subprocess.Popen[bytes]
+    addresses: dict[str, str]
+    digest: str
+
+    def memory_mb(self) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+@pytest.fixture(scope="module")
+def running(make_tiny, tmp_path_factory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("every-service")
+    store = open_store(str(folder / "store"))
+    store.publish(make_tiny("reward", seed=1), run_id="rm", name="reward", step=1)
+    make_tiny("policy").rename(folder / "policy")
+    script = Path(__file__).with_name("every_service.py")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    log = (folder / "log").open("wb")
+    command = [sys.executable, str(script), str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, cwd=folder, env=environment)
+    try:
+        written = folder / "addresses.json"
+        until = time.monotonic() + 2 * PATIENCE_S
+        while not written.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        assert written.exists(), (folder / "log").read_text()[-2000:]
+        addresses = json.loads(written.read_text())
+        with RewardClient(addresses["reward"]) as client:
+            digest = client.get_model().tokenizer_digest
+        yield Running(process, addresses, digest)
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def refuses(target: Target, data: bytes, error: grpc.aio.AioRpcError) -> str | None:
+    """What is wrong with a refusal; None where it is as it should be."""
+    message, code = error.details() or "", error.code()
+    status = status_pb2.Status.FromString(dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b""))
+    kinds = {detail.type_url.rpartition(".")[2]: detail for detail in status.details}
+    if code == StatusCode.UNAVAILABLE:
+        return None if "RetryInfo" in kinds and "version" not in kinds and _is_pinned(target, data) else "not pinned"
+    if code == StatusCode.DEADLINE_EXCEEDED and target.streams:
+        return None  # Watch goes on as long as the run does
+    if code not in REFUSALS:
+        return "no refusal that a caller can act on"
+    if code == StatusCode.RESOURCE_EXHAUSTED:
+        return None if "RetryInfo" in kinds or "larger than max" in message else "no RetryInfo"
+    if not message:
+        return "says nothing"
+    if code == StatusCode.INVALID_ARGUMENT:
+        bad = error_details_pb2.BadRequest()
+        if "BadRequest" not in kinds or not kinds["BadRequest"].Unpack(bad) or not bad.field_violations[0].field:
+            return "names no field"
+    return None
+
+
+def _is_pinned(target: Target, data: bytes) -> bool:
+    try:
+        request = type(target.requests[0]).FromString(data)  # type: ignore[attr-defined]
+    except Exception:
+        return False
+    version: Any = getattr(request, "version", None)
+    return version is not None and request.HasField("version") and hasattr(version, "WhichOneof")
+
+
+class Sender:
+    """Sends spoiled requests and keeps what was answered."""
+
+    def __init__(self, running: Running, channels: dict[str, grpc.aio.Channel]) -> None:
+        self.running = running
+        self.channels = channels
+        self.codes: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.wrong: list[str] = []
+        self._free = asyncio.Semaphore(AT_ONCE)
+
+    async def send(self, target: Target, data: bytes, what: str) -> None:
+        async with self._free:
+            channel = self.channels[target.server]
+            timeout_s = PINNED_PATIENCE_S if _is_pinned(target, data) or "Watch" in target.path else PATIENCE_S
+            code = StatusCode.OK
+            try:
+                if target.streams:
+                    async for _ in channel.unary_stream(target.path)(data, timeout=timeout_s):
+                        pass
+                else:
+                    await channel.unary_unary(target.path)(data, timeout=timeout_s)
+            except grpc.aio.AioRpcError as error:
+                code = error.code()
+                if (fault := refuses(target, data, error)) is not None:
+                    said = f"{target.path}: {code.name} {error.details()!r:.300}, {fault}, after {what}: {data[:200]!r}"
+                    self.wrong.append(said)
+            self.codes[target.path, code.name] += 1
+
+    async def spoil(self, all_targets: list[Target], count: int, rng: random.Random) -> None:
+        """`count` requests, in turn to every RPC."""
+        sending: set[asyncio.Task[None]] = set()
+        for number in range(count):
+            target = all_targets[number % len(all_targets)]
+            data, what = mutated(rng.choice(target.requests), rng)
+            sending.add(asyncio.create_task(self.send(target, data, what)))
+            if len(sending) >= 2 * AT_ONCE:
+                _, sending = await asyncio.wait(sending, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.gather(*sending)
+
+
+async def spoil_every_rpc(running: Running, *, warm_up: int, count: int, seed: int) -> Sender:
+    """Warm up, then send `count` requests; asserts that all were refused well and that nothing was worn out."""
+    all_targets = targets(running.digest)
+    assert len({target.path for target in all_targets}) >= 12
+    channels = {name: grpc.aio.insecure_channel(address) for name, address in running.addresses.items()}
+    sender, rng = Sender(running, channels), random.Random(seed)
+    await sender.spoil(all_targets, warm_up, rng)
+    before_mb = running.memory_mb()
+    await sender.spoil(all_targets, count, rng)
+    grown_mb = running.memory_mb() - before_mb
+    for target in all_targets:  # and good requests are answered as ever
+        await sender.send(target, target.requests[0].SerializeToString(), "nothing")
+    await asyncio.gather(*(channel.close() for channel in channels.values()))
+    kinds = {wrong[:90]: wrong for wrong in sender.wrong}
+    assert not kinds, "\n".join([f"{len(sender.wrong)} wrong answers, of each kind one:", *list(kinds.values())[:30]])
+    assert running.process.poll() is None
+    assert grown_mb < GROWTH_MB, f"{before_mb:.0f} MB grew by {grown_mb:.0f} MB over {count} requests"
+    return sender
+
+
+async def test_spoiled_requests_are_refused_by_field_and_wear_nothing_out(running):
+    sender = await spoil_every_rpc(running, warm_up=800, count=2200, seed=20_260)
+    refused = {path for path, code in sender.codes if code == "INVALID_ARGUMENT"}
+    takes_something = {target.path for target in targets(running.digest) if target.requests[0].ByteSize()}
+    assert refused >= takes_something, "every RPC that takes something refused something"
+    assert sender.codes["/trimtab.v1.RewardService/Score", "OK"] > 0, "some stayed good"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+async def test_a_hundred_thousand_spoiled_requests_wear_nothing_out(running):
+    sender = await spoil_every_rpc(running, warm_up=4000, count=100_000, seed=7)
+    print(json.dumps({f"{path} {code}": count for (path, code), count in sorted(sender.codes.items())}, indent=1))
