@@ -19,6 +19,7 @@ from trimtab.models.errors import ModelLoadError
 from trimtab.models.folders import check_vocabulary, load_pretrained, max_length_of, save_pretrained
 from trimtab.models.packing import PackedBatch
 from trimtab.models.policy import Policy, body_forward
+from trimtab.models.sharded import whole_weights
 from trimtab.models.tokenizers import eos_token_ids, load_tokenizer, tokenizer_digest
 
 
@@ -84,6 +85,9 @@ class ScalarModel:
 
     def scores(self, packed: PackedBatch, wanted_R: torch.Tensor | None = None) -> torch.Tensor:
         """Raw score at every token, float32 [N], or [R] at the positions `wanted_R` of the row."""
+        return whole_weights(self.model, lambda: self._scores(packed, wanted_R))
+
+    def _scores(self, packed: PackedBatch, wanted_R: torch.Tensor | None) -> torch.Tensor:
         hidden_ND = body_forward(self.model, packed, wanted_R)
         head: Any = self.model.score
         bias = None if head.bias is None else head.bias.float()

@@ -20,6 +20,7 @@ from trimtab.models.errors import ModelLoadError
 from trimtab.models.packing import PackedBatch, pack, response_positions
 from trimtab.models.policy import LMHead, Policy
 from trimtab.models.scalar_head import ScalarModel
+from trimtab.models.sharded import whole_weights
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ class Slice:
 
 
 def slice_batch(batch: TokenBatch, indices: Sequence[int], device: torch.device | str = "cpu") -> Slice:
-    """Pack the sequences `indices` of a batch."""
+    """Pack the sequences `indices` of a batch; with none, one token of which nothing is asked (an idle rank's part)."""
+    if not indices:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return Slice(pack([np.zeros(1, dtype=np.int64)], device), nothing, nothing, nothing)
     sequences = [batch.sequences[i] for i in indices]
     prompts = [batch.prompt_lengths[i] for i in indices]
     offsets = np.concatenate([[0], np.cumsum(batch.response_lengths)])
@@ -88,7 +92,9 @@ def slice_batch(batch: TokenBatch, indices: Sequence[int], device: torch.device 
 
 def response_logprobs(policy: Policy, part: Slice, temperature: float = 1.0) -> SelectedLogprobs:
     """Log-prob, lse and entropy of each response token at `temperature`, [R]."""
-    return hidden_logprobs(policy, response_hidden(policy, part), part, temperature)
+    return whole_weights(
+        policy.model, lambda: hidden_logprobs(policy, response_hidden(policy, part), part, temperature)
+    )
 
 
 def response_hidden(policy: Policy, part: Slice) -> torch.Tensor:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from trimtab.models.sharded import local, spread
 from trimtab.trainer.optimizer import MasterWeightOptimizer
 from trimtab.trainer.state import Tensors, trained_names
 
@@ -30,7 +31,7 @@ class MovingAverage:
     @contextmanager
     def in_the_model(self) -> Iterator[None]:
         """The model has the average's weights, in its own dtype, within the block, and bitwise its own after it."""
-        own = [parameter.detach().clone() for parameter in self._optimizer.parameters]
+        own = [local(parameter).detach().clone() for parameter in self._optimizer.parameters]
         self._put(self.average)
         try:
             yield
@@ -39,7 +40,8 @@ class MovingAverage:
 
     def state(self) -> Tensors:
         """The average by parameter name."""
-        return dict(zip(self._names, self.average, strict=True))
+        parameters = self._optimizer.parameters
+        return {n: spread(a, p) for n, a, p in zip(self._names, self.average, parameters, strict=True)}
 
     def load(self, tensors: Tensors) -> None:
         """Restore what `state` gave."""
@@ -48,4 +50,4 @@ class MovingAverage:
     @torch.no_grad()
     def _put(self, weights: list[torch.Tensor]) -> None:
         for parameter, weight in zip(self._optimizer.parameters, weights, strict=True):
-            parameter.copy_(weight)
+            local(parameter).copy_(weight)

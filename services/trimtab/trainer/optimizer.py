@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trimtab.models.sharded import local
+from trimtab.trainer.ranks import ALONE, Ranks
 from trimtab.trainer.stages import OptimizerConfig
 
 
@@ -46,13 +48,19 @@ class MasterWeightOptimizer:
 
     Attributes:
         masters: one float32 (or float64) tensor a trainable parameter; the parameter itself where it has that dtype.
+            Of a sharded model they are this rank's shards.
     """
 
     def __init__(
-        self, model: torch.nn.Module, config: OptimizerConfig, masters: dict[str, torch.Tensor] | None = None
+        self,
+        model: torch.nn.Module,
+        config: OptimizerConfig,
+        masters: dict[str, torch.Tensor] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`masters` gives float32 values by parameter name that the model's own weights are roundings of."""
         self.config = config
+        self.ranks = ranks
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in named]
         self.masters = [_master(name, parameter, masters) for name, parameter in named]
@@ -70,10 +78,11 @@ class MasterWeightOptimizer:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter is master or parameter.grad is None:
                 continue
+            gradient = local(parameter.grad)
             if master.grad is None:
-                master.grad = parameter.grad.to(master.dtype)
+                master.grad = gradient.to(master.dtype)
             else:
-                master.grad.add_(parameter.grad)
+                master.grad.add_(gradient)
             parameter.grad = None
 
     def add(self, gradients: Sequence[torch.Tensor]) -> None:
@@ -89,7 +98,10 @@ class MasterWeightOptimizer:
 
         A non-finite norm takes no step (the caller counts it).
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm))
+        gradients = [master.grad for master in self.masters if master.grad is not None]
+        total = self.ranks.norm(torch.nn.utils.get_total_norm(gradients))
+        torch.nn.utils.clip_grads_with_norm_(self.masters, self.config.max_grad_norm, total)
+        norm = float(total)
         if math.isfinite(norm):
             for group in self._adam.param_groups:
                 group["lr"] = learning_rate
@@ -97,7 +109,7 @@ class MasterWeightOptimizer:
             with torch.no_grad():
                 for parameter, master in zip(self.parameters, self.masters, strict=True):
                     if parameter is not master:
-                        parameter.copy_(master)
+                        local(parameter).copy_(master)
         self.clear()
         return norm
 
@@ -115,12 +127,12 @@ class MasterWeightOptimizer:
         with torch.no_grad():
             for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
                 master.copy_(saved)
-                parameter.copy_(saved)
+                local(parameter).copy_(saved)
         self._adam.load_state_dict(state["adam"])
 
 
 def _master(name: str, parameter: torch.nn.Parameter, masters: dict[str, torch.Tensor] | None) -> torch.Tensor:
     if parameter.dtype in (torch.float32, torch.float64):
-        return parameter
+        return parameter if local(parameter) is parameter else local(parameter).requires_grad_()
     source = parameter if masters is None else masters[name]
-    return source.detach().float().clone().requires_grad_()
+    return local(source.detach()).float().clone().requires_grad_()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from trimtab.models.packing import pack
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.trainer.data import TokenizedRanking
 from trimtab.trainer.forward import negative_log_sigmoid
@@ -54,7 +55,10 @@ def accumulate_pair_loss(
     sizes = [forward_tokens(model, ranking) for ranking in batch]
     if ways.splits:
         micro_batch_tokens = min(micro_batch_tokens, SIDE_BY_SIDE_TOKENS, -(-sum(sizes) // 4))
-    plan = plan_ranking_batches(sizes, micro_batch_tokens)
+    ranks = optimizer.ranks
+    plan = ranks.plan(sizes, micro_batch_tokens, plan_ranking_batches)
+    if ranks.world > 1:
+        return _backward(model, batch, plan, optimizer)
     first, second = (plan[::2], plan[1::2]) if ways.splits else (plan, [])
     halves = ways.run(
         lambda: _gradients(model, batch, first, optimizer), lambda: _gradients(model, batch, second, optimizer)
@@ -74,6 +78,38 @@ class _Part:
     gradients: list[torch.Tensor]
 
 
+def _backward(
+    model: ScalarModel,
+    batch: Sequence[TokenizedRanking],
+    plan: Sequence[Sequence[int]],
+    optimizer: MasterWeightOptimizer,
+) -> BatchLoss:
+    """The same over ranks: the backward pass itself adds up the ranks' gradients, shard by shard."""
+    sums = {"loss": 0.0, "accuracy": 0.0}
+    for micro in plan:
+        part, accuracy = _mean_loss(model, batch, micro)
+        part.backward()
+        optimizer.accumulate()
+        sums["loss"] += float(part.detach())
+        sums["accuracy"] += accuracy
+    return BatchLoss(**optimizer.ranks.add(sums))
+
+
+def _mean_loss(
+    model: ScalarModel, batch: Sequence[TokenizedRanking], micro: Sequence[int]
+) -> tuple[torch.Tensor, float]:
+    """A micro-batch's part of the batch's mean loss and accuracy; an empty one runs the model all the same."""
+    if not micro:
+        return model.last_token_scores(pack([np.zeros(1, dtype=np.int64)], model.device)).sum() * 0, 0.0
+    rankings = [batch[i] for i in micro]
+    results = [
+        ranking_loss(scores_K, ranking.ranks_K)
+        for scores_K, ranking in zip(score_rankings(model, rankings), rankings, strict=True)
+    ]
+    loss = torch.stack([result[0] for result in results]).sum() / len(batch)
+    return loss, sum(result[1] for result in results) / len(batch)
+
+
 def _gradients(
     model: ScalarModel,
     batch: Sequence[TokenizedRanking],
@@ -83,12 +119,7 @@ def _gradients(
     loss = accuracy = 0.0
     total: list[torch.Tensor] = []
     for micro in plan:
-        rankings = [batch[i] for i in micro]
-        results = [
-            ranking_loss(scores_K, ranking.ranks_K)
-            for scores_K, ranking in zip(score_rankings(model, rankings), rankings, strict=True)
-        ]
-        part = torch.stack([result[0] for result in results]).sum() / len(batch)
+        part, share = _mean_loss(model, batch, micro)
         gradients = torch.autograd.grad(part, optimizer.parameters, materialize_grads=True)
         if not total:
             total = [g.to(master.dtype) for g, master in zip(gradients, optimizer.masters, strict=True)]
@@ -96,5 +127,5 @@ def _gradients(
             for sum_, gradient in zip(total, gradients, strict=True):
                 sum_.add_(gradient)
         loss += float(part.detach())
-        accuracy += sum(result[1] for result in results) / len(batch)
+        accuracy += share
     return _Part(loss, accuracy, total)

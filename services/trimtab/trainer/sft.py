@@ -20,6 +20,7 @@ from trimtab.trainer.data import Tokenized, load_demonstrations, tokenize_demons
 from trimtab.trainer.epochs import EpochOrder
 from trimtab.trainer.forward import TokenBatch, prepare_for_training, residual_dropout, response_logprobs, slice_batch
 from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
+from trimtab.trainer.ranks import ALONE, Ranks
 from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.stages import SftConfig
 from trimtab.trainer.state import Tensors, TrainingState, restore_trained, trained_tensors
@@ -156,19 +157,19 @@ def accumulate_nll(
     lengths = [len(data.sequences[i]) for i in indices]
     token_count = int(sum(data.response_lengths[i] for i in indices))
     total = 0.0
-    for micro in plan_batches(lengths, micro_batch_tokens):
+    for micro in optimizer.ranks.plan(lengths, micro_batch_tokens, plan_batches):
         part = slice_batch(data, [indices[i] for i in micro], policy.device)
         loss = -response_logprobs(policy, part).logprob_N.sum() / token_count
         loss.backward()
         optimizer.accumulate()
         total += float(loss.detach())
-    return total
+    return optimizer.ranks.total(total)
 
 
 @torch.no_grad()
-def mean_nll(policy: Policy, data: TokenBatch, micro_batch_tokens: int) -> float:
+def mean_nll(policy: Policy, data: TokenBatch, micro_batch_tokens: int, ranks: Ranks = ALONE) -> float:
     """Mean NLL over all response tokens, in nats."""
     total = 0.0
-    for micro in plan_batches(data.lengths, micro_batch_tokens):
+    for micro in ranks.plan(data.lengths, micro_batch_tokens, plan_batches):
         total -= float(response_logprobs(policy, slice_batch(data, micro, policy.device)).logprob_N.sum())
-    return total / int(data.response_lengths.sum())
+    return ranks.total(total) / int(data.response_lengths.sum())

@@ -28,11 +28,12 @@ class Pretraining:
         self._sampler = Sampler(range(len(texts)), [seed, 2])
 
     def accumulate(self, policy: Policy, optimizer: MasterWeightOptimizer) -> float:
-        """Add the gradients of the next texts to the optimizer; returns their mean NLL in nats a token."""
+        """Add the gradients of the next texts to the optimizer; returns this rank's part of their mean NLL a token."""
         indices = self._sampler.draw(self._batch_size)
         tokens = int(sum(self._texts.response_lengths[i] for i in indices))
         total = 0.0
-        for micro in plan_batches([self._texts.lengths[i] for i in indices], self._micro_batch_tokens):
+        lengths = [self._texts.lengths[i] for i in indices]
+        for micro in optimizer.ranks.plan(lengths, self._micro_batch_tokens, plan_batches):
             part = slice_batch(self._texts, [indices[i] for i in micro], policy.device)
             nll = -response_logprobs(policy, part).logprob_N.sum() / tokens
             (self._coefficient * nll).backward()

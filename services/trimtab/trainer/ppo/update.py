@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from trimtab.kernels.api import SelectedLogprobs
 from trimtab.kernels.ppo_terms import PpoSettings
 from trimtab.models.packing import plan_batches
 from trimtab.models.policy import LMHead, Policy
 from trimtab.models.scalar_head import ScalarModel
+from trimtab.models.sharded import whole_weights
 from trimtab.trainer.forward import (
     Slice,
     hidden_logprobs,
@@ -66,6 +69,8 @@ class Targets:
 class PpoUpdate:
     """Updates a policy and, with GAE, a value model: `plan_epoch`, then `fix_targets`, then `optimize`.
 
+    Every rank has the whole experience and plans the same epochs; its minibatches hold its own share of each one.
+
     `side_by_side` runs the two models' work; by default one after the other. `reference_head` is what exact KL needs,
     `pretraining` what PPO-ptx does.
     """
@@ -84,6 +89,7 @@ class PpoUpdate:
         self.config = config
         self.policy = policy
         self.policy_optimizer = policy_optimizer
+        self.ranks = policy_optimizer.ranks
         self.value_model = value_model
         self.value_optimizer = value_optimizer
         self.permutations = permutations
@@ -92,7 +98,7 @@ class PpoUpdate:
         self.pretraining: Pretraining | None = None
 
     def plan_epoch(self, experience: Experience) -> list[Minibatch]:
-        """A fresh permutation cut into minibatches, each into packed micro-batches."""
+        """A fresh permutation cut into minibatches, each into packed micro-batches, of which these are this rank's."""
         order = self.permutations.permutation(len(experience.tokens)).tolist()
         size = self.config.minibatch_size
         return [self._minibatch(experience, order[start : start + size]) for start in range(0, len(order), size)]
@@ -104,10 +110,12 @@ class PpoUpdate:
         dtype = torch.promote_types(self.policy.model.dtype, torch.float32)  # float64 only for float64 weights
         exact_kl = self.reference_head and StepKl(self.reference_head, experience, config.temperature)
         (old_R, lse_R, entropy_R), values_R = self.side_by_side.run(
-            lambda: self._old_logprobs(parts, torch.empty(len(experience.behaviour_R), dtype=dtype), exact_kl),
+            lambda: self._old_logprobs(parts, torch.zeros(len(experience.behaviour_R), dtype=dtype), exact_kl),
             lambda: self._old_values(parts, torch.zeros(len(experience.behaviour_R), dtype=dtype)),
         )
+        self.ranks.join_parts(old_R, lse_R, entropy_R, values_R)
         if exact_kl is not None:
+            self.ranks.join_parts(exact_kl.kl_R, exact_kl.gap_R)
             exact_kl.check()
         lengths_B = experience.lengths_B
         scores_B = episode_scores(experience, config.no_eos_score).to(dtype)
@@ -184,7 +192,7 @@ class PpoUpdate:
 
     def _minibatch(self, experience: Experience, indices: list[int]) -> Minibatch:
         lengths = [len(experience.tokens.sequences[i]) for i in indices]
-        plan = plan_batches(lengths, self.config.stage.micro_batch_tokens)
+        plan = self.ranks.plan(lengths, self.config.stage.micro_batch_tokens, plan_batches)
         return [slice_batch(experience.tokens, [indices[i] for i in part], self.policy.device) for part in plan]
 
     @torch.no_grad()
@@ -192,14 +200,18 @@ class PpoUpdate:
         self, parts: Sequence[Slice], out_R: torch.Tensor, exact_kl: StepKl | None
     ) -> tuple[torch.Tensor, ...]:
         """Log-probs, written into `out_R`, log-sum-exps and entropies; has `exact_kl` measured on the way."""
-        lse_R, entropy_R = torch.empty_like(out_R), torch.empty_like(out_R)
-        for part in parts:
+        lse_R, entropy_R = torch.zeros_like(out_R), torch.zeros_like(out_R)
+
+        def selected(part: Slice) -> SelectedLogprobs:
             hidden_RD = response_hidden(self.policy, part)
-            selected = hidden_logprobs(self.policy, hidden_RD, part, self.config.temperature)
             if exact_kl is not None:
                 exact_kl.measure(self.policy, hidden_RD, part)
+            return hidden_logprobs(self.policy, hidden_RD, part, self.config.temperature)
+
+        for part in parts:
+            columns = whole_weights(self.policy.model, partial(selected, part))
             where = part.flat_R.cpu()
-            for all_R, part_R in zip((out_R, lse_R, entropy_R), selected, strict=True):
+            for all_R, part_R in zip((out_R, lse_R, entropy_R), columns, strict=True):
                 all_R[where] = part_R.cpu()
         return out_R, lse_R, entropy_R
 
@@ -213,15 +225,18 @@ class PpoUpdate:
 
     def _minibatch_gradients(self, minibatch: Minibatch, targets: Targets, *, move_policy: bool) -> dict[str, float]:
         """Gradients of the minibatch's mean losses over its response tokens; returns the sums of their terms."""
+        tokens = int(self.ranks.total(sum(len(part.targets_R) for part in minibatch)))
         policy_sums, value_sums = self.side_by_side.run(
-            lambda: self._policy_gradients(minibatch, targets, move_policy=move_policy),
-            lambda: self._value_gradients(minibatch, targets),
+            lambda: self._policy_gradients(minibatch, targets, tokens, move_policy=move_policy),
+            lambda: self._value_gradients(minibatch, targets, tokens),
         )
-        return policy_sums | value_sums | {"tokens": float(_token_count(minibatch))}
+        ratio_max = self.ranks.largest(policy_sums.pop("ratio_max"))
+        return self.ranks.add(policy_sums | value_sums) | {"ratio_max": ratio_max, "tokens": float(tokens)}
 
-    def _policy_gradients(self, minibatch: Minibatch, targets: Targets, *, move_policy: bool) -> dict[str, float]:
+    def _policy_gradients(
+        self, minibatch: Minibatch, targets: Targets, tokens: int, *, move_policy: bool
+    ) -> dict[str, float]:
         config = self.config
-        tokens = _token_count(minibatch)
         names = ("loss_policy", "ratio", "approx_kl", "clipped_policy", "ratio_max")
         penalty = targets.exact_kl if config.kl == "exact_loss" else None
         sums: dict[str, float] = dict.fromkeys(names if penalty is None else (*names, "loss_kl"), 0.0)
@@ -232,39 +247,41 @@ class PpoUpdate:
             old_R, lse_R, advantages_R, weights_R = part.take(
                 targets.old_R, targets.old_lse_R, targets.advantages_R, targets.weights_R
             )
-            with torch.set_grad_enabled(move_policy):
+
+            def forward(part=part, fixed=(old_R, advantages_R, weights_R, lse_R)) -> tuple[torch.Tensor, ...]:
                 hidden_RD = response_hidden(self.policy, part)
                 loss, logprobs_R, _ = hidden_ppo_loss(
                     self.policy,
                     hidden_RD,
                     part,
-                    old_R,
-                    advantages_R,
-                    weights_R,
-                    lse_R,
+                    *fixed,
                     settings=settings,
                     normalizer=tokens,
                     temperature=config.temperature,
                 )
+                kl_nats = loss.new_zeros(()) if penalty is None else penalty.total(self.policy, hidden_RD, part)
+                return loss, logprobs_R, kl_nats
+
+            with torch.set_grad_enabled(move_policy):
+                loss, logprobs_R, kl_nats = whole_weights(self.policy.model, forward)
                 if penalty is not None:
-                    kl_nats = penalty.total(self.policy, hidden_RD, part)
                     loss = loss + config.kl_loss_coefficient / tokens * kl_nats
                     sums["loss_kl"] += float(kl_nats.detach())
             if move_policy:
                 loss.backward()
                 self.policy_optimizer.accumulate()
             sums["loss_policy"] += float(loss.detach()) * tokens
-            statistics = policy_statistics(logprobs_R, old_R, advantages_R, config.clip_range)
-            sums["ratio_max"] = max(sums["ratio_max"], statistics.pop("ratio_max"))
-            for name, value in statistics.items():
-                sums[name] += value
+            if len(logprobs_R):
+                statistics = policy_statistics(logprobs_R, old_R, advantages_R, config.clip_range)
+                sums["ratio_max"] = max(sums["ratio_max"], statistics.pop("ratio_max"))
+                for name, value in statistics.items():
+                    sums[name] += value
         if self.pretraining is not None and move_policy:
             sums["loss_ptx"] = self.pretraining.accumulate(self.policy, self.policy_optimizer) * tokens
         return sums
 
-    def _value_gradients(self, minibatch: Minibatch, targets: Targets) -> dict[str, float]:
+    def _value_gradients(self, minibatch: Minibatch, targets: Targets, tokens: int) -> dict[str, float]:
         config = self.config
-        tokens = _token_count(minibatch)
         sums = {"loss_value": 0.0, "clipped_value": 0.0}
         if self.value_model is None or self.value_optimizer is None:
             return sums
@@ -293,10 +310,6 @@ class PpoUpdate:
             lambda: 0.0 if policy_rate is None else policy.step(policy_rate),
             lambda: 0.0 if value is None else value.step(value_rate),
         )
-
-
-def _token_count(minibatch: Minibatch) -> int:
-    return sum(len(part.targets_R) for part in minibatch)
 
 
 def _finite_mean(values: Sequence[float]) -> float:
