@@ -57,7 +57,7 @@ def deploy(
         raise typer.Exit(1 if fatal else 0)
     if fatal:
         raise CommandError("the cluster lacks what is listed above; --check lists it again")
-    changes = kubectl.diff(text) if _has_namespace(kubectl, objects) else f"{len(objects)} new objects\n"
+    changes = kubectl.diff(text, force=force) if _has_namespace(kubectl, objects) else f"{len(objects)} new objects\n"
     console.print(changes or "nothing changes")
     if diff_only:
         return

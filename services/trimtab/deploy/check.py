@@ -51,6 +51,7 @@ def check(objects: Sequence[Object], facts: ClusterFacts) -> list[Finding]:
         *_storage(objects, facts),
         *_secrets(objects, facts),
         *_metrics(objects, facts),
+        *_images(objects),
     ]
 
 
@@ -127,6 +128,15 @@ def _metrics(objects: Sequence[Object], facts: ClusterFacts) -> Iterable[Finding
         k.endswith(".external.metrics.k8s.io") for k in facts.kinds
     ):
         yield Finding("no external metrics: autoscaling needs an adapter that serves trimtab_queue_depth", fatal=False)
+
+
+def _images(objects: Sequence[Object]) -> Iterable[Finding]:
+    """Ours that say neither registry nor digest: good where they were loaded onto the nodes, as for trying out."""
+    pods = [template["spec"] for template in map(pod_template, objects) if template]
+    bare = {one["image"] for spec in pods for one in spec["containers"] if one["image"].startswith("trimtab/")}
+    if bare:
+        how = "give --image NAME=REGISTRY/NAME@sha256:… for each, unless every node has them"
+        yield Finding(f"no registry and digest for {', '.join(sorted(bare))}: {how}", fatal=False)
 
 
 def _group(one: Object) -> str:

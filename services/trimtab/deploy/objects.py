@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from trimtab.deploy.render import Object, kubectl
 CALL_TIMEOUT_S = 60
 APPLY_TIMEOUT_S = 300
 FIELD_MANAGER = "trimtab-deploy"
+WARNING = re.compile(r"[IW]\d{4} ")  # what kubectl notes for itself
 
 
 class KubectlError(RuntimeError):
@@ -52,17 +54,16 @@ class Kubectl:
             raise KubectlError("the cluster does not answer")
         return int(version["major"]), int(version["minor"].rstrip("+"))
 
-    def diff(self, text: str) -> str:
-        """What applying would change, as a unified diff; "" if nothing."""
-        found = self._run(["diff", "--server-side", "--field-manager", FIELD_MANAGER, "-f", "-"], text)
-        if found.returncode > 1:
+    def diff(self, text: str, *, force: bool = False) -> str:
+        """What applying would change, as a unified diff; "" if nothing. KubectlError as `apply` raises it."""
+        found = self._run(["diff", *_server_side(force), "-f", "-"], text, APPLY_TIMEOUT_S)
+        if found.returncode > 1 or (found.returncode and not found.stdout):
             raise KubectlError(_words(found.stderr))
         return found.stdout
 
     def apply(self, text: str, *, force: bool = False) -> list[str]:
         """Apply server-side; the lines that kubectl says. KubectlError for a refusal or a conflict of owners."""
-        flags = ["--server-side", "--field-manager", FIELD_MANAGER, *(["--force-conflicts"] if force else [])]
-        found = self._run(["apply", *flags, "-f", "-"], text, APPLY_TIMEOUT_S)
+        found = self._run(["apply", *_server_side(force), "-f", "-"], text, APPLY_TIMEOUT_S)
         if found.returncode:
             raise KubectlError(_words(found.stderr))
         return found.stdout.splitlines()
@@ -78,12 +79,19 @@ class Kubectl:
             raise KubectlError(f"kubectl {args[0]}: no answer within {timeout_s:g} s") from error
 
 
+def _server_side(force: bool) -> list[str]:
+    return ["--server-side", "--field-manager", FIELD_MANAGER, *(["--force-conflicts"] if force else [])]
+
+
 def _in(namespace: str) -> list[str]:
     return ["-n", namespace] if namespace else []
 
 
 def _words(text: str) -> str:
-    return " ".join(text.split()).removeprefix("error: ") or "kubectl failed and said nothing"
+    said = " ".join(line for line in text.splitlines() if not WARNING.match(line))
+    if "(Conflict)" in said or "conflict with" in said:
+        said += "; --force takes the field over"
+    return " ".join(said.split()).removeprefix("error: ") or "kubectl failed and said nothing"
 
 
 def _kind_of(line: str) -> str:

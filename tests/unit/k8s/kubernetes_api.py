@@ -1,6 +1,7 @@
 """A small Kubernetes API over real HTTP, for the official client: objects, selectors, lists, watches, logs, patches.
 
-It has no controllers: tests put pods and statuses there themselves. Watches can be cut and expired, calls refused.
+It has no controllers: tests put pods and statuses there themselves. Watches can be cut and expired, calls refused, and
+with a Role's rules whatever these do not allow is forbidden.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Api:
         self.oldest = 0
         self.cut = 0
         self.refusals: list[int] = []
+        self.rules: list[dict[str, Any]] | None = None
         self.requests: list[str] = []
 
     def put(self, plural: str, one: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +173,25 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "NotFound")
             return None
         query = {key: values[0] for key, values in parse_qs(split.query).items()}
+        if self.api.rules is not None and not self._permitted(match, query):
+            self._refuse(403, "Forbidden")
+            return None
         return match[3], match[4] or "", match[5] or "", query
+
+    def _permitted(self, match: re.Match[str], query: dict[str, str]) -> bool:
+        """RBAC: some rule has the group, the resource, the verb and, where it names objects, this one."""
+        group = match[1].split("/")[1] if match[1].startswith("apis/") else ""
+        name = match[4] or query.get("fieldSelector", "").removeprefix("metadata.name=")
+        resource = f"{match[3]}/{match[5]}" if match[5] else match[3]
+        verb = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}.get(self.command, "get" if match[4] else "list")
+        verb = "watch" if query.get("watch") in ("True", "true") else verb
+        return any(
+            group in rule["apiGroups"]
+            and resource in rule["resources"]
+            and verb in rule["verbs"]
+            and ("resourceNames" not in rule or name in rule["resourceNames"])
+            for rule in self.api.rules or ()
+        )
 
     def _one(self, plural: str, name: str) -> None:
         found = self.api.objects[plural].get(name)

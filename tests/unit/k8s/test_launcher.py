@@ -3,21 +3,25 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from tests.unit.k8s.kubernetes_api import serving_api
 from tests.unit.k8s.manifests import MANIFESTS
 from trimtab.deploy.render import Installation, find, render
+from trimtab.rounds.launchers import kubernetes_rounds
 from trimtab.rounds.launchers.kubernetes import Cluster, ClusterError
-from trimtab.rounds.launchers.kubernetes_jobs import TrainingJobs, job_name
+from trimtab.rounds.launchers.kubernetes_jobs import TrainingJobs, job_name, run_digest
 from trimtab.rounds.launchers.kubernetes_rounds import ClusterPlace, KubernetesRoundServices
 from trimtab.rounds.launchers.kubernetes_services import BEFORE, ModelServices
+from trimtab.rounds.launchers.services import free_ports
 from trimtab.rounds.launchers.trainer_job import RunFile
 from trimtab.weights.store import open_store
 from trimtab_client import ModelVersion
-from trimtab_client.v1 import trainer_pb2
+from trimtab_client.v1 import model_pb2, model_pb2_grpc, trainer_pb2
 
 PENDING = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu. preemption: 0/4 nodes are available: 4 No victims."
 MODEL = MANIFESTS.parent / "examples/models/stories260K-hf"
@@ -30,8 +34,10 @@ def objects():
 
 @pytest.fixture
 def world(objects, tmp_path):
-    """(api, cluster, place): a cluster on which trimtab is deployed."""
+    """(api, cluster, place): a cluster on which trimtab is deployed, and what the Role of rounds allows there."""
     with serving_api() as (api, settings):
+        (role,) = find(objects, "Role", "rounds")
+        api.rules = role["rules"]
         for kind, plural in (("CronJob", "cronjobs"), ("Deployment", "deployments")):
             for one in find(objects, kind):
                 api.put(plural, {"metadata": one["metadata"], "spec": one["spec"]})
@@ -254,13 +260,13 @@ def test_an_api_server_that_is_away_is_waited_for_and_a_refusal_is_told(world, c
         jobs.read("r")
 
 
-def roll(api, name, replicas, *, ready=True):
+def roll(api, name, replicas, *, ready=True, network="10.0.0"):
     """What the Deployment's controller would do."""
     one = api.objects["deployments"][name]
     for held in [p for p in list(api.objects["pods"]) if p.startswith(f"{name}-")]:
         api.remove("pods", held)
     for number in range(replicas):
-        status = {"phase": "Running", "podIP": f"10.0.0.{number + 1}"}
+        status = {"phase": "Running", "podIP": f"{network}.{number + 1}"}
         status["conditions"] = [{"type": "Ready", "status": "True" if ready else "False"}]
         meta = {"name": f"{name}-{number}", "labels": {"app.kubernetes.io/name": name}}
         api.put("pods", {"metadata": meta, "spec": {}, "status": status})
@@ -297,8 +303,26 @@ def test_a_generator_lends_its_gpus_and_gets_them_back_whoever_died(world):
     assert not thread.is_alive()
 
 
-def test_a_model_is_put_before_all_replicas_and_their_addresses_are_told(world):
+class Replica(model_pb2_grpc.ModelServiceServicer):
+    """A generator pod's LoadVersion, on an address of loopback."""
+
+    def __init__(self, address):
+        self.loaded = []
+        self.server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
+        model_pb2_grpc.add_ModelServiceServicer_to_server(self, self.server)
+        self.server.add_insecure_port(address)
+        self.server.start()
+
+    def LoadVersion(self, request, context):
+        self.loaded.append(ModelVersion.from_proto(request.version))
+        return model_pb2.LoadVersionResponse(model=model_pb2.ModelInfo(version=request.version))
+
+
+def test_a_model_is_put_before_all_replicas_and_each_is_told_to_serve_it(world, monkeypatch):
     api, cluster, place = world
+    (port,) = free_ports(1)
+    monkeypatch.setitem(kubernetes_rounds.PORTS, "generator", port)
+    replicas = [Replica(f"127.0.3.{number}:{port}") for number in (1, 2)]
     waits, found = [], []
     services = KubernetesRoundServices(cluster, place, gold=lambda s: "", waiting=waits.append, say=lambda text: None)
     version = ModelVersion("stories", "policy", 3, "blake3:x")
@@ -313,9 +337,29 @@ def test_a_model_is_put_before_all_replicas_and_their_addresses_are_told(world):
     assert served() == {"name": "TRIMTAB_MODEL", "value": "version:stories/policy@3"}
     until(lambda: "generator: 0 of 2 replicas ready" in waits)
     assert found == []
-    roll(api, "generator", 2)
+    roll(api, "generator", 2, network="127.0.3")
     thread.join(20)
-    assert found == ["10.0.0.1:7101,10.0.0.2:7101"]
+    assert found == [f"127.0.3.1:{port},127.0.3.2:{port}"]
+    # A pod that PPO had moved on while it ran serves the wanted version again, though its Deployment did not change.
+    assert services.generator(version) == found[0]
+    assert [replica.loaded for replica in replicas] == [[version, version]] * 2
+    for replica in replicas:
+        replica.server.stop(None)
+
+
+def test_a_run_calls_services_by_name_for_their_pods_come_and_go(world, tmp_path):
+    _, cluster, place = world
+    (tmp_path / "prompts.jsonl").write_text("{}")
+    services = KubernetesRoundServices(cluster, place, gold=lambda s: "", waiting=print, say=print)
+    config = trainer_pb2.PpoConfig(prompts=str(tmp_path / "prompts.jsonl"))
+    config.generator_address, config.reward_address = "10.0.0.1:7101,10.0.0.2:7101", "10.0.0.3:7102"
+    reachable = services._reachable("ppo", config)
+    assert reachable.generator_address == "dns:///generator.trimtab.svc:7101"
+    assert reachable.reward_address == "dns:///reward.trimtab.svc:7102"
+    assert reachable.reference_address == ""
+    config.generator_address = "10.0.0.9:7101"
+    again = services._reachable("ppo", config)
+    assert run_digest(RunFile.of("r", "ppo", again)) == run_digest(RunFile.of("r", "ppo", reachable))
 
 
 def test_names_of_jobs_are_names_that_kubernetes_takes():

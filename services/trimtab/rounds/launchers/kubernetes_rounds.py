@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from trimtab.rounds.launchers.kubernetes_services import ModelServices
 from trimtab.rounds.launchers.kubernetes_states import JobState, JobStatus
 from trimtab.rounds.launchers.trainer_job import RunFile
 from trimtab.rounds.stages.training_runs import TrainedRun
+from trimtab.runtime.caller import channel_options
 from trimtab.weights.store import Store
-from trimtab_client import ModelVersion
+from trimtab_client import GeneratorClient, ModelVersion, RewardClient, Unavailable
 
 PORTS = {"generator": 7101, "reward": 7102, "reference": 7103}
+LOAD_S = 600.0
 DATA_FIELDS = ("data", "validation_data", "normalization_data", "prompts")
 PUBLISHES = {"sft": "policy", "reward": "reward", "ppo": "policy"}
 KEPT_LINES = 20
@@ -78,12 +81,27 @@ class KubernetesRoundServices:
         if reference is not None:
             wanted["reference"] = f"version:{reference}"
         self._models.serve(**wanted)
-        return self._at("generator"), self._at("reference") if reference is not None else ""
+        generators = self._load("generator", version, GeneratorClient)
+        return generators, self._at("reference") if reference is not None else ""
 
     def reward(self, version: ModelVersion) -> str:
         """The reward services, once all of them serve a reward model."""
         self._models.serve(reward=f"version:{version}")
-        return self._at("reward")
+        return self._load("reward", version, RewardClient)
+
+    def _load(self, name: str, version: ModelVersion, client_class: type[GeneratorClient] | type[RewardClient]) -> str:
+        """Their addresses, once each serves the version: PPO may have moved replicas on since they started."""
+        deadline = time.monotonic() + LOAD_S
+        while True:
+            addresses = self._at(name)
+            try:
+                with client_class(addresses, channel_options()) as client:
+                    client.load_version(version)
+                return addresses
+            except Unavailable as error:  # a replica has gone meanwhile: look who is there now
+                if time.monotonic() > deadline:
+                    raise ClusterError(f"deployment {name} does not come to serve {version}: {error}") from error
+            self._models.wait_rolled_out(name)
 
     def _at(self, name: str) -> str:
         return self._models.addresses(name, PORTS[name])
@@ -129,9 +147,16 @@ class KubernetesRoundServices:
         self._waiting(status.detail if status.state == JobState.WAITING else "")
 
     def _reachable(self, stage: str, config: Any) -> Any:
-        """The stage's config with data where a pod finds it, and no generator where that is lent."""
+        """The stage's config with data where a pod finds it, and no generator where that is lent.
+
+        Services go by their names: over hours of training their pods come and go.
+        """
         changed = type(config)()
         changed.CopyFrom(config)
+        for name, port in PORTS.items():
+            field = f"{name}_address"
+            if field in changed.DESCRIPTOR.fields_by_name and getattr(changed, field):
+                setattr(changed, field, f"dns:///{name}.{self._jobs.cluster.namespace}.svc:{port}")
         if self._place.share_gpus and stage == "reward":
             changed.ClearField("generator_address")  # the score is normalised on the rankings' own answers then
             changed.ClearField("normalization_data")
