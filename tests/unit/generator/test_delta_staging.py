@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import grpc
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,8 +14,15 @@ from trimtab.generator.engine import StagedPatches, StagedWeights, SwapMode
 from trimtab.generator.loading import stage_weights
 from trimtab.models.policy import Policy
 from trimtab.runtime.errors import ServiceError
+from trimtab.weights.delta_file import DELTA_FILE
 from trimtab.weights.delta_publish import Deltas
+from trimtab.weights.digests import digest_file
 from trimtab.weights.store import Store, open_store
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
 
 
 class Versions:
@@ -97,3 +105,35 @@ def test_a_delta_of_numbers_that_are_not_finite_is_refused(lab: ModuleType, tmp_
     broken = versions.add(value=torch.inf)
     with pytest.raises(ServiceError, match="not finite"):
         stage_weights(versions.store, broken.version, policy, versions.steps[0].version)
+
+
+def test_a_damaged_delta_is_refused_even_where_its_manifest_agrees(lab: ModuleType, tmp_path: Path) -> None:
+    versions = Versions(lab, tmp_path, tied=False)
+    policy = Policy.load(str(versions.folder(1)), dtype="bfloat16")
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    base, second = versions.steps[0].version, versions.add()
+    folder = tmp_path / "store" / "run" / "policy" / f"step-{2:012d}"
+    delta, manifest = folder / DELTA_FILE, folder / "manifest.json"
+    whole, honest = delta.read_bytes(), manifest.read_text()
+    digest = digest_file(delta)
+    for byte in (3, len(whole) // 2, len(whole) - 3):
+        delta.write_bytes(whole[:byte] + bytes([whole[byte] ^ 16]) + whole[byte + 1 :])
+        for text in (honest, honest.replace(digest, digest_file(delta))):
+            manifest.write_text(text)
+            with pytest.raises(ServiceError) as refused:
+                stage_weights(open_store(versions.store.url), second.version, policy, base)
+            assert refused.value.code == grpc.StatusCode.DATA_LOSS, refused.value
+    delta.unlink()
+    with pytest.raises(ServiceError) as missing:
+        stage_weights(open_store(versions.store.url), second.version, policy, base)
+    assert missing.value.code == grpc.StatusCode.DATA_LOSS
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.model.state_dict().items())
+
+
+def test_weights_that_are_not_the_version_they_say_are_loaded_whole(lab: ModuleType, tmp_path: Path) -> None:
+    versions = Versions(lab, tmp_path, tied=False)
+    policy = Policy.load(str(versions.folder(1)), dtype="bfloat16")
+    policy.model.state_dict()["model.norm.weight"][0] += 1.0
+    second = versions.add()
+    staged = stage_weights(versions.store, second.version, policy, versions.steps[0].version)
+    assert isinstance(staged, StagedWeights)
