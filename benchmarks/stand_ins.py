@@ -93,9 +93,12 @@ class StandInGenerator(_Model, generator_pb2_grpc.GeneratorServiceServicer):
         self, request: generator_pb2.GenerateRequest, context: object
     ) -> AsyncIterator[generator_pb2.GenerateResponse]:
         self.asked.append([seed for prompt in request.prompts for seed in prompt.seeds])
+        each_s = self.delays.generate_s / self.delays.batch_size
         async with self.device.working():
+            started = time.perf_counter()
             for index, prompt in enumerate(request.prompts):
-                await asyncio.sleep(self.delays.generate_s / self.delays.batch_size)
+                # By the clock: a sleep that ends late on a busy machine must not make the batch longer.
+                await asyncio.sleep(max(0.0, started + (index + 1) * each_s - time.perf_counter()))
                 yield generator_pb2.GenerateResponse(completion=self._completion(index, prompt))
 
     def _completion(self, index: int, prompt: generator_pb2.Prompt) -> generator_pb2.Completion:
