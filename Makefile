@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.trimtab-installed
 PYTEST_ARGS ?=
+# Two processes, a file to each, in order: the long ones of tests/e2e begin. -rs tells why a test was skipped.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs \
+	--cov --cov-report=term:skip-covered
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help install lint wire wheels docs unit test test-all demo demo-rounds bench protos format clean
@@ -52,12 +55,12 @@ build/triton-3.6.0: | install
 	-$(BIN)/python -m pip install -qq --no-deps --target $@ triton==3.6.0
 
 unit: install build/triton-3.6.0  ## pytest without the slow tests, with coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test: lint wire wheels docs unit  ## everything that proves the product, within 15 minutes
 
 test-all: lint wire wheels docs build/triton-3.6.0  ## and the long proofs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+	$(PYTEST) -m 'slow or not slow' $(PYTEST_ARGS)
 
 demo: install          ## the three stages on real data, in minutes on two cores
 	$(BIN)/trimtab demo --fresh
