@@ -26,10 +26,10 @@ class Generation:
         seeds: Sequence[Sequence[int]] | None,
         version: VersionPin | None,
     ) -> None:
-        self.samples = max(1, sampling.n)
-        self.seeds = sample_seeds(len(prompts), self.samples, sampling.seed, seeds)
-        self.prompts = list(prompts)
-        self.sampling = dataclasses.replace(sampling, seed=None)
+        self.samples: int = max(1, sampling.n)
+        self.seeds: list[list[int]] = sample_seeds(len(prompts), self.samples, sampling.seed, seeds)
+        self.prompts: list[Prompt] = list(prompts)
+        self.sampling: Sampling = dataclasses.replace(sampling, seed=None)
         self.version = version
 
     def shares(self, limits: ServedLimits, addresses: int) -> Program[Sequence[Share]]:

@@ -22,7 +22,7 @@ class Routing:
     """The addresses of a client. Calls start at one after another, a repeat goes to the next."""
 
     def __init__(self, addresses: Addresses, options: ChannelOptions) -> None:
-        self.addresses = parse_addresses(addresses)
+        self.addresses: list[str] = parse_addresses(addresses)
         self.options = options
         self._bearer = Bearer(options, self.addresses)
         self._turn = itertools.count(random.randrange(len(self.addresses)))

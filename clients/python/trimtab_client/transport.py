@@ -32,7 +32,7 @@ class SyncTransport:
     """
 
     def __init__(self, addresses: Addresses, options: ChannelOptions) -> None:
-        self.routing = Routing(addresses, options)
+        self.routing: Routing = Routing(addresses, options)
         self._connections = Connections(
             self.routing.addresses, options, opener=open_sync, closer=lambda channel: channel.close(), scope=os.getpid
         )

@@ -22,7 +22,7 @@ class AsyncTransport:
     """Sends calls over one channel an address; channels open with the first call of an event loop."""
 
     def __init__(self, addresses: Addresses, options: ChannelOptions) -> None:
-        self.routing = Routing(addresses, options)
+        self.routing: Routing = Routing(addresses, options)
         self._closing: set[asyncio.Task[None]] = set()
         self._connections = Connections(
             self.routing.addresses,

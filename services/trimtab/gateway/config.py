@@ -39,7 +39,9 @@ class GatewayConfig(ServiceConfig):
     timeout_s: float = Field(default=60.0, gt=0, description="Deadline of a request that names none.")
     max_timeout_s: float = Field(default=600.0, gt=0, description="Longest deadline a request may name.")
     max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, description="Largest request body.")
-    body_timeout_s: float = Field(default=30.0, gt=0, description="Seconds in which a body must have arrived.")
+    body_timeout_s: float = Field(
+        default=30.0, gt=0, description="Seconds in which a request's head, and then its body, must arrive."
+    )
     requests_per_s: float | None = Field(
         default=200.0, gt=0, description="Requests a second of one caller in the long run; empty: no limit."
     )

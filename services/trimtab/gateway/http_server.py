@@ -7,6 +7,7 @@ import contextlib
 import socket
 from collections.abc import Iterator
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -19,15 +20,39 @@ from trimtab.runtime.tls import http_context
 BACKLOG = 2048
 
 
-class _NamesPeers(H11Protocol):
-    """Tells the application which names a client's certificate holds; TLS has checked the certificate itself."""
+class _Connection(H11Protocol):
+    """One connection. A caller that takes longer than `head_timeout_s` over a request's head is hung up on.
+
+    It tells the application which names a client's certificate holds; TLS has checked the certificate itself.
+    """
+
+    head_timeout_s: float
+    _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._watch()
         tls = transport.get_extra_info("ssl_object")
         shown = (tls.getpeercert() or {}) if tls is not None else {}
         names = tuple(value for _, value in shown.get("subjectAltName", ()))
         self.app_state = {**self.app_state, CERTIFICATE_NAMES: names}
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Start or stop the clock, by whether the head of a request is still to come."""
+        if self.conn.their_state is h11.IDLE:
+            self._late = self._late or self.loop.call_later(self.head_timeout_s, self.transport.close)
+        elif self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class _Quiet(uvicorn.Server):
@@ -44,13 +69,14 @@ class HttpServer:
     def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
         self._config = config
         context = http_context(config)
+        connection = type("Connection", (_Connection,), {"head_timeout_s": config.body_timeout_s})
         settings = uvicorn.Config(
             app,
             log_config=None,
             log_level=config.log_level,
             access_log=False,  # the guard logs, with request ids
             server_header=False,
-            http=_NamesPeers,
+            http=connection,
             lifespan="off",
             ws="none",
             h11_max_incomplete_event_size=64 * 1024,

@@ -126,6 +126,28 @@ async def test_a_body_that_does_not_come_is_408(upstreams):
         writer.close()
 
 
+@pytest.mark.parametrize(
+    "begun", [b"", b"POST /v1/score HTTP/1.1\r\nhost:", b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\nGET"]
+)
+async def test_a_caller_that_never_ends_its_head_is_hung_up_on(upstreams, begun):
+    async with gateway(**upstreams, body_timeout_s=0.3) as impatient:
+        host, port = impatient.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(begun)
+        answered = await asyncio.wait_for(reader.read(), 10)
+        assert answered.count(b"HTTP/1.1 200") == begun.count(b"healthz")
+        writer.close()
+
+
+async def test_a_connection_that_is_used_again_goes_on(upstreams):
+    async with gateway(**upstreams, body_timeout_s=0.5) as impatient:
+        for _ in range(4):
+            assert (await impatient.http.get("/healthz")).status_code == 200
+            await asyncio.sleep(0.3)
+        body = {"prompts": ["w1"] * 16, "sampling": {"max_tokens": 60, "ignore_eos": True, "n": 8}}
+        assert (await impatient.http.post("/v1/generate", json=body)).status_code == 200
+
+
 async def test_a_caller_s_deadline_is_kept(edge, upstreams):
     wrong = await edge.http.get("/v1/models", headers={"x-timeout-s": "nan"})
     assert wrong.status_code == 422 and wrong.json()["error"]["field"] == "x-timeout-s"
