@@ -105,6 +105,23 @@ async def test_an_unknown_service_has_no_health():
         assert caught.value.code() == StatusCode.NOT_FOUND
 
 
+async def test_a_connection_ends_at_its_age_and_cuts_no_stream_however_long():
+    peers = []
+
+    async def slow(context) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        peers.append(context.peer())
+        for text in "abcd":
+            await asyncio.sleep(0.25)
+            yield generator_pb2.GenerateResponse(completion=generator_pb2.Completion(text=text))
+
+    async with running(slow, connection_age_s=0.2) as server, grpc.aio.insecure_channel(server.address) as channel:
+        stub = generator_pb2_grpc.GeneratorServiceStub(channel)
+        for _ in range(2):
+            call = stub.Generate(generator_pb2.GenerateRequest(), timeout=20)
+            assert [response.completion.text async for response in call] == list("abcd")
+    assert len(set(peers)) == 2, "the second call went over a new connection"
+
+
 async def test_reflection_lists_the_services():
     async with running(one) as server, grpc.aio.insecure_channel(server.address) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)

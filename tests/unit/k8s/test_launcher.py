@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from tests.unit.k8s.kubernetes_api import serving_api
-from tests.unit.k8s.manifests import MANIFESTS
+from tests.unit.k8s.manifests import MANIFESTS, rendered
 from trimtab.deploy.render import Installation, find, render
 from trimtab.rounds.launchers import kubernetes_rounds
 from trimtab.rounds.launchers.kubernetes import Cluster, ClusterError
@@ -98,9 +98,9 @@ def until(condition, timeout_s=30.0):
         time.sleep(0.02)
 
 
-def pod(api, job, number, phase, *, rank=0, created="2026-01-01T00:00:00Z", **status):
+def pod(api, job, number, phase, *, rank=0, created="2026-01-01T00:00:00Z", labels=None, **status):
     name = f"{job}-{rank}-{number}"
-    meta = {"name": name, "labels": {"job-name": job}, "creationTimestamp": created}
+    meta = {"name": name, "labels": labels or {"job-name": job}, "creationTimestamp": created}
     meta["annotations"] = {"batch.kubernetes.io/job-completion-index": str(rank)}
     api.put("pods", {"metadata": meta, "spec": {}, "status": {"phase": phase} | status})
     return name
@@ -239,6 +239,34 @@ def test_a_failed_job_is_told_with_its_trainers_last_words_and_made_anew_next_ti
     Trained(cluster, place, "r", config)
     until(lambda: api.objects["jobs"].get("r", {}).get("metadata", {}).get("resourceVersion") not in (None, made))
     until(lambda: "status" not in api.objects["jobs"].get("r", {"status": 1}))
+
+
+def test_with_the_jobset_template_a_stage_is_a_jobset_that_waits_for_its_queue(world, config):
+    api, cluster, place = world
+    (template,) = find(rendered(Installation("gpu", "gke", ("jobset", "kueue"))), "JobSet", "trainer")
+    api.put("jobsets", template)
+    trained = Trained(cluster, place, "r", config)
+    job = api.wait_for("jobsets", "r")
+    assert api.objects["jobs"] == {}
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] and job["spec"]["suspend"] is True
+    (replicated,) = job["spec"]["replicatedJobs"]
+    inside = replicated["template"]["spec"]["template"]["spec"]
+    assert inside["containers"][0]["args"][-2:] == ["--run", "/etc/trimtab/run/run.yaml"]
+    given = api.wait_for("configmaps", "r-run")
+    assert given["metadata"]["ownerReferences"][0]["kind"] == "JobSet"
+    until(lambda: any("suspended" in text for text in trained.waits))
+    api.put("jobsets", job | {"spec": job["spec"] | {"suspend": False}})
+    of_set = {"jobset.sigs.k8s.io/jobset-name": "r"}
+    names = [pod(api, "r-rank-0", 1, "Running", rank=rank, labels=of_set) for rank in (0, 1)]
+    say(api, names[1], line(1, event="step", step=9, total_steps=9, loss=9.0))
+    say(api, names[0], line(1, event="step", step=1, total_steps=1, loss=1.5))
+    until(lambda: trained.said == ["step 1/1 loss=1.5"])
+    version = publish(place, "r")
+    for rank in (0, 1):
+        pod(api, "r-rank-0", 1, "Succeeded", rank=rank, labels=of_set)
+    api.status("jobsets", "r", conditions=[{"type": "Completed", "status": "True"}])
+    assert trained.end().error is None and trained.result.published == (version,)
+    assert set(api.objects["jobsets"]) == {"trainer"}, "the template stays"
 
 
 def test_another_run_of_the_same_name_is_refused(world, config):
