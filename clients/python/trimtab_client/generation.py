@@ -32,8 +32,8 @@ class Generation:
         self.sampling: Sampling = dataclasses.replace(sampling, seed=None)
         self.version = version
 
-    def shares(self, limits: ServedLimits, addresses: int) -> Program[Sequence[Share]]:
-        """The call in shares within a server's limits, at least one an address where there are prompts enough."""
+    def shares(self, limits: ServedLimits, replicas: int) -> Program[Sequence[Share]]:
+        """The call in shares within a server's limits, at least one a replica where there are prompts enough."""
         info = yield from limits.get()
         most_samples = min(self.samples, info.max_sequences or self.samples)
         # A prompt of more samples than one request may hold is asked for several times.
@@ -42,7 +42,7 @@ class Generation:
             for prompt in range(len(self.prompts))
             for first in range(0, self.samples, most_samples)
         ]
-        most_pieces = max(1, -(-len(pieces) // addresses))
+        most_pieces = max(1, -(-len(pieces) // replicas))
         if info.max_sequences:
             most_pieces = min(most_pieces, info.max_sequences // most_samples)
         runs = consecutive([self.size(prompt) for prompt, _ in pieces], most_pieces, info.max_tokens)

@@ -35,8 +35,8 @@ class GeneratorClient(ModelClient):
                 drawn.
         """
         generation = Generation(prompts, sampling, seeds, version)
-        addresses = len(self._transport.routing.addresses)
-        return self._transport.streams(generation.shares(self._limits, addresses), timeout_s)
+        replicas = self._transport.routing.replicas
+        return self._transport.streams(generation.shares(self._limits, replicas), timeout_s)
 
 
 class AsyncGeneratorClient(AsyncModelClient):
@@ -61,5 +61,5 @@ class AsyncGeneratorClient(AsyncModelClient):
                 drawn.
         """
         generation = Generation(prompts, sampling, seeds, version)
-        addresses = len(self._transport.routing.addresses)
-        return self._transport.streams(generation.shares(self._limits, addresses), timeout_s)
+        replicas = self._transport.routing.replicas
+        return self._transport.streams(generation.shares(self._limits, replicas), timeout_s)

@@ -54,7 +54,8 @@ class Client:
     """A blocking client. Each call has a deadline (`timeout_s`, else the options') and raises a TrimtabError.
 
     Args:
-        addresses: "host:port", "a:1,b:2" or a list; calls go to one after another.
+        addresses: "host:port", "a:1,b:2" or a list; calls go to one after another. "dns:///name:port" is every replica
+            behind a name, as they come and go.
     """
 
     def __init__(self, addresses: Addresses, options: ChannelOptions = DEFAULTS) -> None:
@@ -77,7 +78,8 @@ class AsyncClient:
     """An asyncio client. Each call has a deadline (`timeout_s`, else the options') and raises a TrimtabError.
 
     Args:
-        addresses: "host:port", "a:1,b:2" or a list; calls go to one after another.
+        addresses: "host:port", "a:1,b:2" or a list; calls go to one after another. "dns:///name:port" is every replica
+            behind a name, as they come and go.
     """
 
     def __init__(self, addresses: Addresses, options: ChannelOptions = DEFAULTS) -> None:

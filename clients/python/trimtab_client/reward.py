@@ -230,7 +230,7 @@ class RewardClient(ModelClient):
 
         info = self._transport.run(self._limits.get(), timeout_s)
         shown = Progress(progress, len(rows) if isinstance(rows, Sized) else None)
-        most = at_once or BATCHES_AT_ONCE_PER_ADDRESS * len(self._transport.routing.addresses)
+        most = at_once or BATCHES_AT_ONCE_PER_ADDRESS * self._transport.routing.replicas
         return score_in_batches(score, rows, Batches(info, batch_rows), most, shown)
 
 
@@ -323,6 +323,6 @@ class AsyncRewardClient(AsyncModelClient):
 
         info = await self._transport.run(self._limits.get(), timeout_s)
         shown = Progress(progress, len(rows) if isinstance(rows, Sized) else None)
-        most = at_once or BATCHES_AT_ONCE_PER_ADDRESS * len(self._transport.routing.addresses)
+        most = at_once or BATCHES_AT_ONCE_PER_ADDRESS * self._transport.routing.replicas
         async for one in score_in_batches_async(score, rows, Batches(info, batch_rows), most, shown):
             yield one

@@ -15,6 +15,8 @@ from trimtab_client.retries import RetryPlan
 from trimtab_client.trace_context import carried
 
 CALLS_AT_ONCE_PER_ADDRESS = 2
+# A name of DNS may stand for any number of replicas, over which gRPC shares calls out: it gets the work of so many.
+REPLICAS_OF_A_NAME = 4
 SHORTEST_TIMEOUT_S = 0.001
 
 
@@ -28,9 +30,14 @@ class Routing:
         self._turn = itertools.count(random.randrange(len(self.addresses)))
 
     @property
+    def replicas(self) -> int:
+        """How many replicas the addresses are taken to be, when work is shared out."""
+        return sum(REPLICAS_OF_A_NAME if address.startswith("dns:") else 1 for address in self.addresses)
+
+    @property
     def calls_at_once(self) -> int:
         """Most calls that one batch has in flight."""
-        return CALLS_AT_ONCE_PER_ADDRESS * len(self.addresses)
+        return CALLS_AT_ONCE_PER_ADDRESS * self.replicas
 
     def until(self, timeout_s: float | None) -> float:
         """The deadline, on `time.monotonic`, of a call that starts now."""

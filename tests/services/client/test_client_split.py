@@ -117,6 +117,14 @@ async def test_prompts_of_a_generation_are_shared_by_the_addresses(rooms, sdk):
     assert [(run.version, run.token_count) for run in completion.versions] == [(opened[0].version, 1)]
 
 
+async def test_a_name_of_dns_gets_work_for_several_replicas(rooms, sdk):
+    room = await rooms()
+    name = f"dns:///localhost:{room.address.rpartition(':')[2]}"
+    completions = await sdk.call("Generator", name, "generate", [f"text {i}" for i in range(8)], Sampling(n=1))
+    assert sorted(c.prompt_index for c in completions) == list(range(8))
+    assert [len(call.prompts) for call in room.calls["Generate"]] == [2, 2, 2, 2]
+
+
 async def test_a_generation_beyond_the_limits_is_split(rooms, sdk):
     room = await rooms(max_sequences=4)
     completions = await sdk.call("Generator", room.address, "generate", ["a", "b", "c"], Sampling(n=6, seed=3))
