@@ -6,21 +6,28 @@ needs several steps is written once. A `Stream` is a request with many answers t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from trimtab_client.errors import contradiction
+from trimtab_client.errors import TrimtabError, contradiction
 from trimtab_client.ragged import RaggedError
 
 T = TypeVar("T")
+
+# Fields with one entry a sequence or prompt, as errors name them.
+_PLACE = re.compile(
+    r"^((?:texts\.items|conversations\.conversations|(?:tokens|conversations)\.references|prompts)\[)(\d+)(?=\])"
+)
 
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
     """One request and how its answer (or each message of a stream) is read.
 
-    `stub` is the generated stub class, `method` its method; `repeatable` says whether a repeat is harmless.
+    `stub` is the generated stub class, `method` its method; `repeatable` says whether a repeat is harmless. Of a part
+    of a larger request `places` are the positions of its sequences or prompts in the whole.
     """
 
     stub: type
@@ -28,6 +35,7 @@ class Call(Generic[T]):
     request: Any
     parse: Callable[[Any], T]
     repeatable: bool = True
+    places: Sequence[int] | None = None
 
     def read(self, answer: Any) -> T:
         """The parsed answer; Internal where it contradicts itself."""
@@ -35,6 +43,15 @@ class Call(Generic[T]):
             return self.parse(answer)
         except RaggedError as error:
             raise contradiction(str(error)) from error
+
+    def located(self, error: TrimtabError) -> TrimtabError:
+        """The error, with the place that it names in the whole that the caller gave."""
+        places, found = self.places, _PLACE.match(error.field or "")
+        if places is None or found is None or error.field is None or int(found[2]) >= len(places):
+            return error
+        field = f"{found[1]}{places[int(found[2])]}{error.field[found.end() :]}"
+        message = error.message.replace(error.field, field, 1)
+        return type(error)(error.code, message, field=field, retry_after_s=error.retry_after_s)
 
 
 Program = Generator[Sequence[Call[Any]], list[Any], T]

@@ -79,7 +79,8 @@ class Share:
             version=pin_to_proto(generation.version),
         )
         stub = generator_pb2_grpc.GeneratorServiceStub
-        return Call(stub, "Generate", request, lambda answer: Completion.from_proto(answer.completion))
+        places = [group[0][0] for group in self._asked]
+        return Call(stub, "Generate", request, lambda one: Completion.from_proto(one.completion), places=places)
 
     def accept(self, item: Completion) -> Completion:
         """The completion under the caller's own indices; Internal for one that was not asked for."""

@@ -25,7 +25,7 @@ from trimtab_client.score_many import (
     score_in_batches,
     score_in_batches_async,
 )
-from trimtab_client.splitting import consecutive, in_parts, split_tokens, starts
+from trimtab_client.splitting import consecutive, in_parts, places, split_tokens, starts
 from trimtab_client.v1 import reward_pb2, reward_pb2_grpc
 from trimtab_client.versions import ModelVersion, VersionPin, pin_to_proto
 
@@ -49,10 +49,10 @@ def tokens_program(
     def split(info: ModelInfo, pin: VersionPin | None) -> list[Call[Scores]]:
         calls, begin = [], 0
         for part in split_tokens(tokens, info):
-            own = references[begin : begin + part.batch_size]
-            begin += part.batch_size
+            whole = range(begin, begin + part.batch_size)
+            own, begin = references[whole.start : whole.stop], whole.stop
             batch = reward_pb2.TokenBatch(tokens=part.to_proto(), tokenizer_digest=tokenizer_digest, references=own)
-            calls.append(_score(part.batch_size, options, pin, tokens=batch))
+            calls.append(_score(whole, options, pin, tokens=batch))
         return calls
 
     return merge_scores((yield from in_parts(limits, pin, split)))
@@ -70,8 +70,8 @@ def texts_program(
 
     def split(info: ModelInfo, pin: VersionPin | None) -> list[Call[Scores]]:
         sizes = [text_tokens(prompt) + text_tokens(response) for prompt, response in pairs]
-        parts = [items[run] for run in consecutive(sizes, info.max_sequences, info.max_tokens)]
-        return [_score(len(part), options, pin, texts=reward_pb2.TextBatch(items=part)) for part in parts]
+        runs = consecutive(sizes, info.max_sequences, info.max_tokens)
+        return [_score(places(run), options, pin, texts=reward_pb2.TextBatch(items=items[run])) for run in runs]
 
     return merge_scores((yield from in_parts(limits, pin, split)))
 
@@ -88,7 +88,7 @@ def chats_program(
         calls = []
         for run in consecutive(sizes, info.max_sequences, info.max_tokens):
             batch = reward_pb2.ConversationBatch(conversations=items[run], references=references[run])
-            calls.append(_score(len(items[run]), options, pin, conversations=batch))
+            calls.append(_score(places(run), options, pin, conversations=batch))
         return calls
 
     return merge_scores((yield from in_parts(limits, pin, split)))
@@ -118,7 +118,10 @@ def checked_references(options: ScoreOptions, count: int) -> list[str]:
     return found
 
 
-def _score(count: int, options: ScoreOptions, pin: VersionPin | None, **batch: Any) -> Call[Scores]:
+def _score(whole: range, options: ScoreOptions, pin: VersionPin | None, **batch: Any) -> Call[Scores]:
+    """The call for the sequences at `whole` of the caller's batch."""
+    count = len(whole)
+
     def parse(answer: reward_pb2.ScoreResponse) -> Scores:
         scores = decode_floats(answer.scores, "scores")
         normalized_scores = decode_floats(answer.normalized_scores, "normalized_scores")
@@ -138,7 +141,7 @@ def _score(count: int, options: ScoreOptions, pin: VersionPin | None, **batch: A
         deterministic=options.deterministic,
         **batch,
     )
-    return Call(reward_pb2_grpc.RewardServiceStub, "Score", request, parse)
+    return Call(reward_pb2_grpc.RewardServiceStub, "Score", request, parse, places=whole)
 
 
 class RewardClient(ModelClient):

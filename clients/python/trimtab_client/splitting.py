@@ -64,6 +64,11 @@ def consecutive(sizes: Sequence[int], most_items: int, most_size: int) -> list[s
     return runs
 
 
+def places(run: slice) -> range:
+    """The positions of a run of `consecutive`."""
+    return range(run.start, run.stop)
+
+
 def split_tokens(tokens: RaggedTokens, info: ModelInfo) -> list[RaggedTokens]:
     """Consecutive parts of at most the server's sequences and tokens; views of the whole."""
     return _parts(tokens, consecutive(tokens.lengths.tolist(), info.max_sequences, info.max_tokens))

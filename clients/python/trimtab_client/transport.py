@@ -89,11 +89,11 @@ class SyncTransport:
                     with in_flight.holding(rpc):
                         return call.read(rpc.result())
             except grpc.RpcError as failure:
-                in_flight.pause(retries, self._error(failure))
+                in_flight.pause(retries, self._error(call, failure))
 
-    def _error(self, failure: grpc.RpcError) -> TrimtabError:
+    def _error(self, call: Call[Any], failure: grpc.RpcError) -> TrimtabError:
         """What a failed call is repeated by; raised where `close` ended it."""
-        error = from_rpc_error(failure)
+        error = call.located(from_rpc_error(failure))
         if self._connections.closed:
             raise error from None
         return error
@@ -112,7 +112,7 @@ class SyncTransport:
                             yield item
                 stream.ended()
             except grpc.RpcError as failure:
-                error = self._error(failure)
+                error = self._error(call, failure)
                 if not stream.may_resume():
                     raise error from None
                 if stream.next_call() is not None:

@@ -87,7 +87,7 @@ class AsyncTransport:
                     rpc = connection.method(call)(call.request, **self.routing.sending(until))
                     return call.read(await rpc)
             except grpc.aio.AioRpcError as failure:
-                await _pause(retries, from_rpc_error(failure))
+                await _pause(retries, call.located(from_rpc_error(failure)))
             except asyncio.CancelledError as cancelled:
                 raise _whose(cancelled) from None
 
@@ -107,7 +107,7 @@ class AsyncTransport:
                         rpc.cancel()
                 stream.ended()
             except grpc.aio.AioRpcError as failure:
-                error = from_rpc_error(failure)
+                error = call.located(from_rpc_error(failure))
                 if not stream.may_resume():
                     raise error from None
                 if stream.next_call() is not None:

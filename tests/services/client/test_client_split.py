@@ -6,12 +6,13 @@ import time
 import numpy as np
 import pytest
 
-from trimtab.runtime.errors import precondition
+from trimtab.runtime.errors import abort, invalid, precondition
 from trimtab_client import (
     AsyncGeneratorClient,
     ChannelOptions,
     FailedPrecondition,
     GeneratorClient,
+    InvalidArgument,
     ModelVersion,
     Sampling,
 )
@@ -47,6 +48,35 @@ async def test_texts_are_split_so_that_their_tokens_cannot_exceed_the_limit(room
     for call in room.calls["Score"]:
         assert sum(len((item.prompt + item.response).encode()) for item in call.texts.items) <= 300
     assert 1 < len(room.calls["Score"]) < 10
+
+
+@pytest.mark.parametrize(
+    ("client", "method", "bad"), [("Reward", "score_texts", ("a", "bad")), ("Generator", "generate", "bad")]
+)
+async def test_what_is_wrong_is_found_at_its_place_in_the_whole(rooms, sdk, client, method, bad):
+    room = await rooms(max_sequences=3)
+    enter = room.enter
+
+    async def refusing(method, request, context):
+        await enter(method, request, context)
+        if method == "Score":
+            found = [
+                f"texts.items[{i}].response" for i, item in enumerate(request.texts.items) if item.response == "bad"
+            ]
+        else:
+            found = [
+                f"prompts[{i}].text" for i, prompt in enumerate(getattr(request, "prompts", ())) if prompt.text == "bad"
+            ]
+        if found:
+            await abort(context, invalid(found[0], "is bad"))
+
+    room.enter = refusing
+    rows = [("a", "good") if client == "Reward" else "good"] * 10
+    rows[7] = bad
+    with pytest.raises(InvalidArgument) as refused:
+        await sdk.call(client, room.address, method, rows)
+    wanted = "texts.items[7].response" if client == "Reward" else "prompts[7].text"
+    assert refused.value.field == wanted and refused.value.message == f"{wanted}: is bad"
 
 
 async def test_chats_are_split_by_the_number_of_sequences(rooms, sdk):

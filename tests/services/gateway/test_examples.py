@@ -35,6 +35,14 @@ async def test_the_quick_start_samples_and_scores(upstreams):
     assert len(lines) == 2 and all(line[0] in "+-" for line in lines)
 
 
+async def test_the_readme_s_five_lines_score(upstreams):
+    readme = (ROOT / "clients" / "python" / "README.md").read_text()
+    first = readme.split("```python\n")[1].split("```")[0]
+    assert len([line for line in first.splitlines() if line]) <= 5 and "127.0.0.1:7102" in first
+    score, _ = (await ran(sys.executable, "-c", first.replace("127.0.0.1:7102", upstreams["reward"]))).split(maxsplit=1)
+    float(score)
+
+
 async def test_a_file_of_rows_is_scored_in_order(upstreams):
     rows = [{"prompt": f"w{i % 9}", "response": f"w{i % 7}"} for i in range(600)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
