@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         ModelInfo,
         PartScores,
         RunStatus,
+        Sample,
         Sampling,
         ScorerInfo,
         Scores,
@@ -92,7 +93,8 @@ _MODULES = {
     "errors": "AlreadyExists Cancelled DataLoss DeadlineExceeded FailedPrecondition Internal InvalidArgument NotFound "
     "PermissionDenied ResourceExhausted TrimtabError Unauthenticated Unavailable",
     "generator": "AsyncGeneratorClient GeneratorClient",
-    "messages": "Completion LogProbs ModelInfo PartScores RunStatus Sampling ScorerInfo Scores StepMetrics VersionRun",
+    "messages": "Completion LogProbs ModelInfo PartScores RunStatus Sample Sampling ScorerInfo Scores StepMetrics "
+    "VersionRun",
     "models": "AsyncModelClient ModelClient",
     "ragged": "RaggedError RaggedFloats RaggedTokens decode_floats decode_ids encode_floats encode_ids",
     "reference": "AsyncReferenceClient ReferenceClient",
@@ -137,6 +139,7 @@ __all__ = [
     "RewardClient",
     "RowScore",
     "RunStatus",
+    "Sample",
     "Sampling",
     "ScorerInfo",
     "Scores",

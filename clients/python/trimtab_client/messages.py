@@ -241,3 +241,43 @@ class RunStatus:
             error=message.error,
             published=tuple(ModelVersion.from_proto(version) for version in message.published),
         )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response of a PPO run, and what the step that trained on it knew of its tokens.
+
+    Attributes:
+        tokens: text of each response token (at most 512); `kl_nats` (policy against reference) and `values` have one
+            number for each.
+        ended: whether an end token closed it.
+        first: the SFT policy's answer to the same prompt, where there is one and this is another.
+    """
+
+    step: int
+    prompt: str
+    text: str
+    tokens: tuple[str, ...]
+    kl_nats: tuple[float, ...]
+    values: tuple[float, ...]
+    score: float
+    normalized_score: float
+    seed: int
+    ended: bool
+    first: Sample | None
+
+    @classmethod
+    def from_proto(cls, message: trainer_pb2.Sample) -> Sample:
+        return cls(
+            step=message.step,
+            prompt=message.prompt,
+            text=message.text,
+            tokens=tuple(message.tokens),
+            kl_nats=tuple(message.kl_nats),
+            values=tuple(message.values),
+            score=message.score,
+            normalized_score=message.normalized_score,
+            seed=message.seed,
+            ended=message.ended,
+            first=Sample.from_proto(message.first) if message.HasField("first") else None,
+        )

@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from trimtab_client.calls import Call, ready
-from trimtab_client.messages import RunStatus, StepMetrics
+from trimtab_client.messages import RunStatus, Sample, StepMetrics
 from trimtab_client.models import AsyncClient, Client
 from trimtab_client.v1 import trainer_pb2, trainer_pb2_grpc
 from trimtab_client.versions import ModelVersion
@@ -61,6 +61,16 @@ def checkpoint(run_id: str) -> Call[tuple[ModelVersion, ...]]:
 
     request = trainer_pb2.CheckpointRequest(run_id=run_id)
     return Call(trainer_pb2_grpc.TrainerServiceStub, "Checkpoint", request, parse, repeatable=False)
+
+
+def samples(run_id: str, step: int, watched: bool) -> Call[tuple[Sample, ...]]:
+    """The Samples call."""
+
+    def parse(answer: trainer_pb2.SamplesResponse) -> tuple[Sample, ...]:
+        return tuple(Sample.from_proto(sample) for sample in answer.samples)
+
+    request = trainer_pb2.SamplesRequest(run_id=run_id, step=step, watched=watched)
+    return Call(trainer_pb2_grpc.TrainerServiceStub, "Samples", request, parse)
 
 
 def _control(method: str, request: Any, repeatable: bool = False) -> Call[RunStatus]:
@@ -126,6 +136,12 @@ class TrainerClient(Client):
         """End after the current step; what was published stays."""
         return self._transport.unary(stop(run_id), timeout_s)
 
+    def samples(
+        self, run_id: str = "", step: int = 0, watched: bool = False, timeout_s: float | None = None
+    ) -> tuple[Sample, ...]:
+        """Samples of a step of PPO (0: the newest), or with `watched` the newest to each prompt of step 1."""
+        return self._transport.unary(samples(run_id, step, watched), timeout_s)
+
 
 class AsyncTrainerClient(AsyncClient):
     """Starts, watches and controls training runs; `run_id` "" is the newest."""
@@ -159,3 +175,9 @@ class AsyncTrainerClient(AsyncClient):
     async def stop(self, run_id: str = "", timeout_s: float | None = None) -> RunStatus:
         """End after the current step; what was published stays."""
         return await self._transport.unary(stop(run_id), timeout_s)
+
+    async def samples(
+        self, run_id: str = "", step: int = 0, watched: bool = False, timeout_s: float | None = None
+    ) -> tuple[Sample, ...]:
+        """Samples of a step of PPO (0: the newest), or with `watched` the newest to each prompt of step 1."""
+        return await self._transport.unary(samples(run_id, step, watched), timeout_s)

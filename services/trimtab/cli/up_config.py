@@ -5,7 +5,7 @@ shared: {tls_cert: tls.crt, tls_key: tls.key, auth: {keys_file: keys.yaml}}
 generator: {model: "examples/models/stories260K-hf"}
 reward: {model: "version:first/reward", port: 7202}
 trainer: {services: {tls_ca: ca.crt, token_file: trainer.token}}
-gateway: {}    # HTTP before the services that the file starts; `reward` and `generator` name others
+gateway: {}    # HTTP before the services that the file starts; `reward`, `generator` and `trainer` name others
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _fronted(sections: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The addresses of the file's own services that a gateway stands before."""
     return {
         name: f"127.0.0.1:{sections[name].get('port', SERVICES[name].default_port)}"
-        for name in ("reward", "generator")
+        for name in ("reward", "generator", "trainer")
         if name in sections
     }
 

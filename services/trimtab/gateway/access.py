@@ -27,8 +27,17 @@ ROLES = {
     "/get_reward": "score",
     "/classify": "score",
     "/openapi.json": ANY,
+    "/dashboard": "train",
+    "/dashboard/events": "train",
+    "/dashboard/samples": "train",
+    "/dashboard/versions": "train",
+    "/dashboard/answer": "generate",
+    "/dashboard/roll-back": "admin",
 }
+STATIC = "/dashboard/static/{name}"
 NO_CREDENTIALS = frozenset({"/healthz"})
+WAY_IN = frozenset({"/dashboard/sign-in", "/dashboard/session", STATIC})
+"""What a browser needs before anybody has signed in; /dashboard/session looks at the token that it is sent."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +49,29 @@ class Caller:
 
 def route_of(path: str) -> str | None:
     """The table's route of a path; None for one that does not exist."""
-    if path in ROLES or path in NO_CREDENTIALS:
+    if path in ROLES or path in NO_CREDENTIALS | WAY_IN:
         return path
     if path.startswith("/v1/models/"):
         return "/v1/models/{name}"
+    if path.startswith("/dashboard/static/"):
+        return STATIC
     return None
 
 
 class Gate:
     """Admits callers by credentials, role and rate."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody may call."""
+        return self._authenticator.is_open
+
+    async def principal(self, headers: Headers, names: Sequence[str] = ()) -> Principal:
+        """Who shows these headers, and with which roles; Problem 401."""
+        try:
+            return await self._authenticator.admit(headers, names)
+        except ServiceError as error:
+            raise Problem(error.code.name, error.message, retry_after_s=error.retry_after_s) from None
 
     def __init__(self, config: GatewayConfig, authenticator: Authenticator) -> None:
         self._authenticator = authenticator
@@ -56,7 +79,7 @@ class Gate:
 
     async def admit(self, route: str | None, headers: Headers, names: Sequence[str], host: str) -> Caller:
         """Who calls, from `host` and with these names in their certificate; Problem 401, 403 or 429."""
-        if route in NO_CREDENTIALS:
+        if route in NO_CREDENTIALS | WAY_IN:
             return Caller(PUBLIC)
         try:
             principal = await self._authenticator.admit(headers, names)

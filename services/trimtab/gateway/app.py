@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from trimtab import __version__
-from trimtab.gateway import generation, listing, scoring
+from trimtab.gateway import dashboard, generation, listing, scoring
 from trimtab.gateway.access import Gate
 from trimtab.gateway.dialects import openai_chat, openai_completions, openrlhf, vllm
 from trimtab.gateway.guard import Guard, like_openai, visit_of
@@ -40,6 +40,7 @@ def create_app(room: Room, gate: Gate, metrics: Metrics) -> FastAPI:
     )
     app.state.room = room
     app.add_middleware(Guard, config=room.config, gate=gate, metrics=metrics)
+    dashboard.add_to(app, room, gate)
     for module in (scoring, generation, listing, openai_completions, openai_chat, vllm, openrlhf):
         app.include_router(module.router)
 

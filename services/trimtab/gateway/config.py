@@ -14,8 +14,8 @@ DEFAULT_HTTP_PORT = 7120
 class GatewayConfig(ServiceConfig):
     """One gateway process: HTTP on `http_port`, and on `port` gRPC with the Open Inference Protocol and health.
 
-    It holds no model and no state. `auth` and `tls_…` are about its callers; what it shows to the services behind it is
-    `upstream_…`.
+    It holds no model and no state; `store` is what the dashboard shows the versions of. `auth` and `tls_…` are about
+    its callers; what it shows to the services behind it is `upstream_…`.
     """
 
     port: int = Field(default=DEFAULT_PORT, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
@@ -24,6 +24,7 @@ class GatewayConfig(ServiceConfig):
 
     reward: str | None = Field(default=None, description="HOST:PORT of the reward service; several by commas.")
     generator: str | None = Field(default=None, description="HOST:PORT of the generator; several by commas.")
+    trainer: str | None = Field(default=None, description="HOST:PORT of the trainer that the dashboard shows.")
     reward_names: tuple[str, ...] = Field(
         default=("reward",), min_length=1, description="Names by which callers may ask for the reward model."
     )
@@ -54,8 +55,8 @@ class GatewayConfig(ServiceConfig):
 
     @model_validator(mode="after")
     def _check_upstreams(self) -> Self:
-        if self.reward is None and self.generator is None:
-            raise ValueError("reward: give the address of a reward service, or `generator`, or both")
+        if self.reward is None and self.generator is None and self.trainer is None:
+            raise ValueError("reward: give the address of a reward service, a `generator` or a `trainer`, or all")
         if set(self.reward_names) & set(self.generator_names):
             raise ValueError("generator_names: a name cannot stand for both the policy and the reward model")
         if (self.upstream_cert is None) != (self.upstream_key is None):

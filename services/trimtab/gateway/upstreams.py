@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from trimtab.gateway.config import GatewayConfig
 from trimtab.gateway.problems import Problem
 from trimtab.runtime.errors import StartError
-from trimtab_client import AsyncGeneratorClient, AsyncRewardClient, ChannelOptions, Tls
+from trimtab_client import AsyncGeneratorClient, AsyncRewardClient, AsyncTrainerClient, ChannelOptions, Tls
 
 # A full queue is the caller's to wait for: it is told at once. Another address of the service is tried all the same.
 RETRIES = 1
@@ -31,8 +31,9 @@ class Upstreams:
         try:
             self._reward = AsyncRewardClient(config.reward, options) if config.reward else None
             self._generator = AsyncGeneratorClient(config.generator, options) if config.generator else None
+            self.trainer = AsyncTrainerClient(config.trainer, options) if config.trainer else None
         except ValueError as error:
-            raise StartError(f"reward, generator: {error}") from None
+            raise StartError(f"reward, generator, trainer: {error}") from None
         except OSError as error:
             raise StartError(f"upstream_token_file: cannot read {error.filename}: {error.strerror}") from None
 
@@ -67,7 +68,7 @@ class Upstreams:
 
     async def close(self) -> None:
         """Close the channels."""
-        for client in (self._reward, self._generator):
+        for client in (self._reward, self._generator, self.trainer):
             if client is not None:
                 await client.close()
 

@@ -31,6 +31,7 @@ RULES: dict[str, Rule] = {
     "/trimtab.v1.TrainerService/Start": Rule("train", audited=True),
     "/trimtab.v1.TrainerService/Status": Rule("train"),
     "/trimtab.v1.TrainerService/Watch": Rule("train"),
+    "/trimtab.v1.TrainerService/Samples": Rule("train"),
     "/trimtab.v1.TrainerService/Pause": Rule("train", audited=True),
     "/trimtab.v1.TrainerService/Resume": Rule("train", audited=True),
     "/trimtab.v1.TrainerService/Checkpoint": Rule("train", audited=True),

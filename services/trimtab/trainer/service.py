@@ -25,6 +25,7 @@ from trimtab.trainer.ppo.loop import run_ppo
 from trimtab.trainer.reward_model import run_reward_model
 from trimtab.trainer.run import Run, RunFailedError, RunSnapshot, RunState, StepMetrics, StopRun
 from trimtab.trainer.run_record import OtherConfigError, RunFolder, RunRecord
+from trimtab.trainer.sample_wire import read_samples
 from trimtab.trainer.sft import run_sft
 from trimtab.trainer.stages import Stage, StageConfigError, stage_from_proto
 from trimtab.weights.layout import check_name
@@ -158,6 +159,15 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         run = self._find(request.run_id)
         run.stop()
         return trainer_pb2.StopResponse(status=status_proto(run.snapshot))
+
+    async def Samples(
+        self, request: trainer_pb2.SamplesRequest, context: grpc.aio.ServicerContext
+    ) -> trainer_pb2.SamplesResponse:
+        run_id = self._find(request.run_id).snapshot.run_id
+        samples = await asyncio.to_thread(
+            read_samples, self._config.folder / run_id, request.step, watched=request.watched
+        )
+        return trainer_pb2.SamplesResponse(samples=samples)
 
     async def close(self) -> None:
         """Stop the run that is going and wait for its current step."""

@@ -46,7 +46,7 @@ async def test_schemathesis_finds_nothing_in_many_examples(edge):
 
 async def test_every_route_has_a_role_and_every_refusal_is_documented(edge):
     document = (await edge.http.get("/openapi.json")).json()
-    assert set(document["paths"]) | {"/openapi.json"} == set(ROLES)
+    assert set(document["paths"]) | {"/openapi.json"} == {path for path in ROLES if not path.startswith("/dashboard")}
     assert not NO_CREDENTIALS & set(document["paths"])
     for operations in document["paths"].values():
         for operation in operations.values():

@@ -1,4 +1,4 @@
-"""The wheel that users install holds everything that the page serves, not only its Python."""
+"""The wheel that users install holds everything that the pages serve, not only Python."""
 
 import zipfile
 from pathlib import Path
@@ -28,9 +28,11 @@ def packed(tmp_path_factory) -> set[str]:
         ("translations", "*.json", 2),
         ("migrations", "*.mako", 1),
         ("migrations/versions", "*.py", 1),
+        ("../gateway/dashboard/templates", "*.html", 5),
+        ("../gateway/dashboard/static", "*.*", 6),
     ],
 )
 def test_pages_words_and_migrations_are_in_the_wheel(packed, folder, pattern, fewest):
-    files = [path.relative_to(ROOT / "services").as_posix() for path in (ROOM / folder).glob(pattern)]
+    files = [path.relative_to(ROOT / "services").as_posix() for path in (ROOM / folder).resolve().glob(pattern)]
     assert len(files) >= fewest
     assert set(files) <= packed

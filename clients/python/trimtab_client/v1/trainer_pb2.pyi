@@ -1076,3 +1076,115 @@ class StopResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StopResponse: _TypeAlias = StopResponse  # noqa: Y015
+
+@_typing.final
+class SamplesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    WATCHED_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """Empty: the newest run."""
+    step: _builtins.int
+    """The step whose samples; 0: the newest that has some."""
+    watched: _builtins.bool
+    """The newest sample to each prompt of step 1 instead, to be compared with the SFT policy's answer."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        step: _builtins.int = ...,
+        watched: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "step", b"step", "watched", b"watched"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SamplesRequest: _TypeAlias = SamplesRequest  # noqa: Y015
+
+@_typing.final
+class SamplesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sample]: ...
+    def __init__(
+        self,
+        *,
+        samples: _abc.Iterable[Global___Sample] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["samples", b"samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SamplesResponse: _TypeAlias = SamplesResponse  # noqa: Y015
+
+@_typing.final
+class Sample(_message.Message):
+    """One response, and what the step that trained on it knew of its tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    KL_NATS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    NORMALIZED_SCORE_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    prompt: _builtins.str
+    text: _builtins.str
+    score: _builtins.float
+    normalized_score: _builtins.float
+    seed: _builtins.int
+    ended: _builtins.bool
+    """Whether an end token closed it."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The text of each response token, up to 512; they and the two below have one length."""
+
+    @_builtins.property
+    def kl_nats(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """log-prob by the policy less that by the reference."""
+
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of the value model, normalised; all 0 without one."""
+
+    @_builtins.property
+    def first(self) -> Global___Sample:
+        """The SFT policy's answer to the same prompt (step 1's sample), where there is one and this is another."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        prompt: _builtins.str = ...,
+        text: _builtins.str = ...,
+        tokens: _abc.Iterable[_builtins.str] | None = ...,
+        kl_nats: _abc.Iterable[_builtins.float] | None = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+        score: _builtins.float = ...,
+        normalized_score: _builtins.float = ...,
+        seed: _builtins.int = ...,
+        ended: _builtins.bool = ...,
+        first: Global___Sample | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first", b"first"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "first", b"first", "kl_nats", b"kl_nats", "normalized_score", b"normalized_score", "prompt", b"prompt", "score", b"score", "seed", b"seed", "step", b"step", "text", b"text", "tokens", b"tokens", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sample: _TypeAlias = Sample  # noqa: Y015

@@ -70,6 +70,11 @@ class TrainerServiceStub:
                 request_serializer=trimtab_dot_v1_dot_trainer__pb2.StopRequest.SerializeToString,
                 response_deserializer=trimtab_dot_v1_dot_trainer__pb2.StopResponse.FromString,
                 _registered_method=True)
+        self.Samples = channel.unary_unary(
+                '/trimtab.v1.TrainerService/Samples',
+                request_serializer=trimtab_dot_v1_dot_trainer__pb2.SamplesRequest.SerializeToString,
+                response_deserializer=trimtab_dot_v1_dot_trainer__pb2.SamplesResponse.FromString,
+                _registered_method=True)
 
 
 class TrainerServiceServicer:
@@ -125,6 +130,13 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Samples(self, request, context):
+        """Samples of a PPO run, for people to read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -162,6 +174,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.Stop,
                     request_deserializer=trimtab_dot_v1_dot_trainer__pb2.StopRequest.FromString,
                     response_serializer=trimtab_dot_v1_dot_trainer__pb2.StopResponse.SerializeToString,
+            ),
+            'Samples': grpc.unary_unary_rpc_method_handler(
+                    servicer.Samples,
+                    request_deserializer=trimtab_dot_v1_dot_trainer__pb2.SamplesRequest.FromString,
+                    response_serializer=trimtab_dot_v1_dot_trainer__pb2.SamplesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -354,6 +371,33 @@ class TrainerService:
             '/trimtab.v1.TrainerService/Stop',
             trimtab_dot_v1_dot_trainer__pb2.StopRequest.SerializeToString,
             trimtab_dot_v1_dot_trainer__pb2.StopResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Samples(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trimtab.v1.TrainerService/Samples',
+            trimtab_dot_v1_dot_trainer__pb2.SamplesRequest.SerializeToString,
+            trimtab_dot_v1_dot_trainer__pb2.SamplesResponse.FromString,
             options,
             channel_credentials,
             insecure,

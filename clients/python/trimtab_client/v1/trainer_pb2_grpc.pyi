@@ -48,6 +48,8 @@ class TrainerServiceStub:
     """Publish the weights as they are after the current step."""
     Stop: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.StopRequest, _trainer_pb2.StopResponse]
     """End after the current step; what was published stays."""
+    Samples: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.SamplesRequest, _trainer_pb2.SamplesResponse]
+    """Samples of a PPO run, for people to read."""
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
@@ -69,6 +71,8 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Publish the weights as they are after the current step."""
     Stop: _aio.UnaryUnaryMultiCallable[_trainer_pb2.StopRequest, _trainer_pb2.StopResponse]  # type: ignore[assignment]
     """End after the current step; what was published stays."""
+    Samples: _aio.UnaryUnaryMultiCallable[_trainer_pb2.SamplesRequest, _trainer_pb2.SamplesResponse]  # type: ignore[assignment]
+    """Samples of a PPO run, for people to read."""
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs one training stage at a time."""
@@ -129,5 +133,13 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.StopResponse, _abc.Awaitable[_trainer_pb2.StopResponse]]:
         """End after the current step; what was published stays."""
+
+    @_abc_1.abstractmethod
+    def Samples(
+        self,
+        request: _trainer_pb2.SamplesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.SamplesResponse, _abc.Awaitable[_trainer_pb2.SamplesResponse]]:
+        """Samples of a PPO run, for people to read."""
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,11 +6,9 @@ A run that was cut off restores its last checkpoint and trains again on what the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from pathlib import Path
 
 from trimtab.runtime import tracing
 from trimtab.runtime.logs import get_logger
@@ -24,6 +22,7 @@ from trimtab.trainer.ppo.experience import Episode, gather_experience
 from trimtab.trainer.ppo.pipeline import Pipeline, whole_steps
 from trimtab.trainer.ppo.rollout_metrics import rollout_metrics, staleness_mean
 from trimtab.trainer.ppo.rollouts import RolloutClients
+from trimtab.trainer.ppo.samples import SAMPLES, SampleLog
 from trimtab.trainer.ppo.state import PpoState
 from trimtab.trainer.ppo.step_times import StepTimes
 from trimtab.trainer.run import RunFailedError
@@ -35,7 +34,6 @@ from trimtab_client import ModelVersion
 log = get_logger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 3
-SAMPLES = "samples.jsonl"
 
 
 def run_ppo(config: PpoConfig, context: StageContext) -> None:
@@ -98,6 +96,7 @@ class _Steps:
         self.journal = journal
         self.writer = writer
         self.replayed_to = replayed_to
+        self.samples = SampleLog(context.folder, state.policy.tokenizer)
 
     def run(self) -> None:
         config, context, state = self.config, self.context, self.state
@@ -152,7 +151,7 @@ class _Steps:
         self.pipeline.admit(version)
         times.published()
         if step > self.writer.last_step:
-            _keep_samples(context.folder, step, episodes)
+            self.samples.write(step, episodes, experience, targets)
             self.writer.write(step, config.steps, metrics | times.metrics(experience.lengths_B))
         return version
 
@@ -197,12 +196,3 @@ class _Steps:
                 f"non-finite loss or gradient in {MAX_SKIPPED_IN_A_ROW} steps in a row; lower the learning rate "
                 f"(the newest samples have seeds {seeds}, …)"
             )
-
-
-def _keep_samples(folder: Path, step: int, episodes: Sequence[Episode], count: int = 8) -> None:
-    """Append the step's first samples to samples.jsonl in the run's folder, for the sample browser and the report."""
-    with (folder / SAMPLES).open("a") as lines:
-        for episode in episodes[:count]:
-            completion = episode.completion
-            row = {"step": step, "text": completion.text, "score": episode.normalized_score, "seed": completion.seed}
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,84 @@
+"""A run as server-sent events: what it does, and the metrics of each step, from TrainerService.Watch.
+
+A stream ends a little before its request's deadline; the browser comes back by itself and names the last step that it
+has seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import Response, StreamingResponse
+
+from trimtab.gateway.guard import visit_of
+from trimtab.gateway.problems import Problem
+from trimtab.gateway.room import room_of
+from trimtab_client import AsyncTrainerClient, RunStatus, StepMetrics, TrimtabError
+
+router = APIRouter(include_in_schema=False)
+MARGIN_S = 2.0
+RETRY_MS = 1000
+LATER_MS = 5000
+RunId = Annotated[str, Query(max_length=128)]
+
+
+def trainer_of(request: Request) -> AsyncTrainerClient:
+    """The trainer behind the gateway; Problem 404 where there is none."""
+    trainer = room_of(request).upstreams.trainer
+    if trainer is None:
+        raise Problem("NOT_FOUND", "no trainer is behind this gateway; set `trainer` in its settings")
+    return trainer
+
+
+@router.get("/dashboard/events")
+async def events(
+    request: Request,
+    run_id: RunId = "",
+    after: Annotated[int, Query(ge=0)] = 0,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> Response:
+    """The events of a run ("": the newest) behind step `after`, or behind the browser's last one."""
+    seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else after
+    stream = _stream(trainer_of(request), run_id, seen, visit_of(request).left_s - MARGIN_S)
+    return StreamingResponse(stream, media_type="text/event-stream")
+
+
+async def _stream(trainer: AsyncTrainerClient, run_id: str, after: int, left_s: float) -> AsyncIterator[str]:
+    yield f"retry: {RETRY_MS}\n\n"
+    try:
+        async with asyncio.timeout(max(0.1, left_s)), aclosing(_events(trainer, run_id, after)) as found:
+            async for event in found:
+                yield event
+    except TimeoutError:
+        return
+    except TrimtabError as error:
+        yield f"retry: {LATER_MS}\n" + _event("trouble", {"code": error.code, "message": error.message})
+
+
+async def _events(trainer: AsyncTrainerClient, run_id: str, after: int) -> AsyncGenerator[str]:
+    status = await trainer.status(run_id)
+    yield _event("status", _status(status))
+    async for event in trainer.watch(status.run_id, after):
+        if isinstance(event, StepMetrics):
+            values = {name: value for name, value in event.values.items() if math.isfinite(value)}
+            data = {"step": event.step, "total_steps": event.total_steps, "values": values}
+            yield f"id: {event.step}\n" + _event("step", data)
+        else:
+            yield _event("status", _status(event))
+
+
+def _status(status: RunStatus) -> dict[str, object]:
+    values = asdict(status)
+    values.pop("published")
+    return values | {"published": len(status.published), "finished": status.finished}
+
+
+def _event(name: str, data: object) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
