@@ -82,15 +82,15 @@ def main() -> None:
                 print(describe(row), flush=True)
                 rows.append(row)
             shutil.rmtree(root / "trained")
-    result = {
-        "machine": asdict(describe_machine()),
-        "threads": torch.get_num_threads(),
-        "busy_cores": round(meter.cores(), 2),
-        "optimizer_steps": chosen.minibatches,
-        "rows": [asdict(row) for row in rows],
-    }
-    if chosen.out:
-        chosen.out.write_text(json.dumps(result, indent=1) + "\n")
+            if chosen.out:
+                result = {
+                    "machine": asdict(describe_machine()),
+                    "threads": torch.get_num_threads(),
+                    "busy_cores": round(meter.cores(), 2),
+                    "optimizer_steps": chosen.minibatches,
+                    "rows": [asdict(row) for row in rows],
+                }
+                chosen.out.write_text(json.dumps(result, indent=1) + "\n")
     if chosen.plot:
         draw(rows, chosen.plot)
 

@@ -101,7 +101,7 @@ class WeightsAndBiases:
         self._run = wandb.init(id=run_id, name=run_id, dir=str(folder), resume="allow")
 
     def write(self, row: MetricRow) -> None:
-        self._run.log({f"{row.stage}/{name}": value for name, value in row.values.items()}, step=row.step)
+        self._run.log({f"{row.stage}/{name}": value for name, value in row.values.items()}, step=row.step, commit=True)
 
     def close(self) -> None:
         self._run.finish()
