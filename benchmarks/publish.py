@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; default: random weights")
     parser.add_argument("--prompts", type=Path, help="JSONL of prompts or messages; default: random tokens")
+    parser.add_argument("--versions", type=Path, nargs=2, help="two bfloat16 versions of a run, in place of training")
     parser.add_argument("--store", help="a store of its own; default: a temporary folder")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-6, 3e-6, 1e-5])
     parser.add_argument("--steps", type=int, default=3, help="PPO steps; the last one is the delta")
@@ -73,15 +74,18 @@ def main() -> None:
     meter = BusyMeter()
     with tempfile.TemporaryDirectory(prefix="trimtab-bench-publish-") as scratch:
         root = Path(scratch)
-        model = chosen.model or random_model(root / "model", chosen.layers)
+        model = chosen.model or (random_model(root / "model", chosen.layers) if not chosen.versions else None)
         for rate in chosen.learning_rates:
             plan = Plan(rate, chosen.steps, chosen.minibatches, chosen.minibatch, chosen.tokens)
-            before, after = two_versions(model, chosen.prompts, plan, root / "trained")
+            if model is None:
+                before, after = chosen.versions
+            else:
+                before, after = two_versions(model, chosen.prompts, plan, root / "trained")
             store = open_store(chosen.store or str(root / "store"))
             for row in measure(before, after, rate, store, root / "publisher", chosen.repeats):
                 print(describe(row), flush=True)
                 rows.append(row)
-            shutil.rmtree(root / "trained")
+            shutil.rmtree(root / "trained", ignore_errors=True)
             if chosen.out:
                 result = {
                     "machine": asdict(describe_machine()),
