@@ -59,12 +59,13 @@ def test_without_the_pause_before_the_end_calls_fail(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 def test_real_replicas_with_the_manifests_times_in_networks_of_their_own_fail_no_call(tmp_path):
     if not may_make_networks():
         pytest.skip("network namespaces need root and iproute2")
     command = ["unshare", "--net", sys.executable, "-m", "tests.services.rollout.restart", str(tmp_path)]
     command.append(json.dumps(asdict(manifest_timing())))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert outcome["failed"] == {} and outcome["answered"] > 500
