@@ -76,6 +76,7 @@ bench: install         ## speed beside the peers, whose environments are made on
 	$(BIN)/python -m benchmarks.reward_training --peer-env build/trl-venv --out build/bench/reward_training.json
 	$(BIN)/python -m benchmarks.overlap --out build/bench/overlap.json
 	$(BIN)/python -m benchmarks.kernels --out build/bench/kernels.json --plot build/bench/kernels.png
+	$(BIN)/python -m benchmarks.reward_serving --out build/bench/reward_serving.json --plot build/bench/reward_serving.png
 
 protos: install        ## generate the stubs from protos/
 	$(BIN)/python clients/python/generate_stubs.py

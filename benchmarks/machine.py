@@ -82,6 +82,19 @@ def cpu_seconds(pid: int) -> float:
     return (int(after_name[11]) + int(after_name[12])) / TICKS_PER_S
 
 
+def session_cpu_seconds(session: int) -> float:
+    """CPU time that the live processes of a session have used so far, and their children that ended."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_name = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # ended meanwhile
+        if int(after_name[3]) == session:
+            ticks += sum(map(int, after_name[11:15]))
+    return ticks / TICKS_PER_S
+
+
 def peak_memory_mb(pids: Iterable[int]) -> float:
     """Peak resident memory of live processes, as if all peaks fell together; file pages (libraries) count once."""
     states = [Path(f"/proc/{pid}/status").read_text() for pid in pids]

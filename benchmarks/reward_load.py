@@ -26,10 +26,14 @@ Ask = Callable[[str], Awaitable[float]]
 
 @dataclass(frozen=True)
 class LoadRun:
-    """One closed loop. Latencies in milliseconds; `client_cores`: what the clients kept busy themselves."""
+    """One closed loop. Latencies in milliseconds; `client_cores`: what the clients kept busy themselves.
+
+    `requests` are those that were measured, `all_requests` also those of the warm-up.
+    """
 
     clients: int
     requests: int
+    all_requests: int
     requests_per_second: float
     p50_ms: float
     p99_ms: float
@@ -95,15 +99,16 @@ async def run_load(
     latencies_ms: list[float] = []
     scores: dict[str, float] = {}
     turn = itertools.cycle(range(len(texts)))
-    begins = time.perf_counter() + warm_up_s
-    ends = begins + seconds
+    begins = ends = 0.0
+    asked = [clients]
 
     async def one(ask: Ask) -> None:
         while (sent := time.perf_counter()) < ends:
             index = next(turn)
             score = await ask(texts[index])
             done = time.perf_counter()
-            if sent >= begins and done <= ends:
+            asked[0] += 1
+            if begins <= done <= ends:
                 latencies_ms.append((done - sent) * 1e3)
                 scores[str(index)] = score
 
@@ -115,10 +120,15 @@ async def run_load(
 
     async with AsyncExitStack() as stack:
         asks = [await open_client(dialect, address, model, stack) for _ in range(clients)]
+        await asyncio.gather(*(ask(texts[0]) for ask in asks))
+        begins = time.perf_counter() + warm_up_s
+        ends = begins + seconds
         cores, *_ = await asyncio.gather(cpu(), *(one(ask) for ask in asks))
+    if not latencies_ms:
+        raise RuntimeError(f"no request of {clients} clients ended within {seconds} s")
     p50, p99 = np.percentile(latencies_ms, [50, 99])
     count = len(latencies_ms)
-    return LoadRun(clients, count, count / seconds, float(p50), float(p99), cores, scores)
+    return LoadRun(clients, count, asked[0], count / seconds, float(p50), float(p99), cores, scores)
 
 
 def main() -> None:

@@ -97,6 +97,7 @@ class ModelScorer:
         async with within(self.name, self._settings.timeout_s, deadline) as until:
             served = await self.served.wait_for(pin, until)
             scorer = served.model
+            self._batcher.check_room(1)  # a full queue refuses before texts are encoded
             sequences = await read_sequences(request, scorer, self._limits)
             longest = scorer.max_length
             cut = tuple(index for index, ids in enumerate(sequences) if len(ids) > longest)

@@ -68,6 +68,15 @@ class Batcher(Generic[Item, Result]):
         """Items in the queue, not counting those on the device."""
         return self._waiting
 
+    def check_room(self, items: int) -> None:
+        """RESOURCE_EXHAUSTED where `submit_all` would refuse so many now: ask before other work is spent on them."""
+        if self._waiting and self._waiting + items > self._queue_limit:
+            wait_s = min(30.0, max(0.1, self._seconds_per_item * self._waiting))
+            raise exhausted(
+                f"the queue holds {self._waiting} of {self._queue_limit} sequences; retry later or ask another replica",
+                retry_after_s=wait_s,
+            )
+
     async def submit(self, item: Item, size_tokens: int, deadline: float | None = None) -> Result:
         """Compute one item. RESOURCE_EXHAUSTED with RetryInfo: queue full. DEADLINE_EXCEEDED: never computed."""
         return (await self.submit_all([item], [size_tokens], deadline))[0]
@@ -84,12 +93,7 @@ class Batcher(Generic[Item, Result]):
             raise unavailable("the server is draining")
         if not items:
             raise invalid("tokens", "the batch is empty")
-        if self._waiting and self._waiting + len(items) > self._queue_limit:
-            wait_s = min(30.0, max(0.1, self._seconds_per_item * self._waiting))
-            raise exhausted(
-                f"the queue holds {self._waiting} of {self._queue_limit} sequences; retry later or ask another replica",
-                retry_after_s=wait_s,
-            )
+        self.check_room(len(items))
         futures = [self._enqueue(item, size, deadline) for item, size in zip(items, sizes_tokens, strict=True)]
         if self._pump is None or self._pump.done():
             self._pump = asyncio.get_running_loop().create_task(self._run(), name="batcher")
