@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 	--cov --cov-report=term:skip-covered
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install lint wire wheels docs unit test test-all demo demo-rounds bench protos format clean
+.PHONY: help install lint wire wheels docs unit test test-all demo demo-rounds bench image-test protos format clean
 
 help:                  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 24
@@ -77,6 +77,9 @@ bench: install         ## speed beside the peers, whose environments are made on
 	$(BIN)/python -m benchmarks.overlap --out build/bench/overlap.json
 	$(BIN)/python -m benchmarks.kernels --out build/bench/kernels.json --plot build/bench/kernels.png
 	$(BIN)/python -m benchmarks.reward_serving --out build/bench/reward_serving.json --plot build/bench/reward_serving.png
+
+image-test: install    ## container images built with buildah, and looked into (root; buildah and debootstrap)
+	$(BIN)/python -m pytest -m slow -rs tests/image $(PYTEST_ARGS)
 
 protos: install        ## generate the stubs from protos/
 	$(BIN)/python clients/python/generate_stubs.py

@@ -5,12 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from trimtab.labeling.client import LabelingClient, UnreachableError
+from trimtab.rounds.launchers.services import free_ports
 from trimtab.weights.store import open_store
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -65,6 +69,32 @@ def test_a_miniature_demo_goes_through_all_stages_and_ends_with_a_report(small_e
     AutoModelForSequenceClassification.from_pretrained(store.fetch(store.current("demo-reward", "reward")))
     metrics = (folder / "runs" / "demo-ppo" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(metrics[0])["approx_kl_first_minibatch"] == 0
+    people_can_rank_the_demos_policy(folder)
+
+
+def people_can_rank_the_demos_policy(folder: Path) -> None:
+    """`trimtab label`, which the demo names at its end: its link signs in, and answers of the policy wait there."""
+    [port] = free_ports(1)
+    command = [sys.executable, "-m", "trimtab", "label", "--demo", str(folder), "--port", str(port), "--prompts", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    try:
+        assert process.stdout is not None
+        link = next(line.strip() for line in process.stdout if "/sign-in#name=you&token=" in line)
+        client = LabelingClient(f"http://127.0.0.1:{port}", link.partition("&token=")[2])
+        deadline = time.monotonic() + 60
+        while not (state := _progress(client)) or state["filling"]:
+            assert time.monotonic() < deadline, state
+            time.sleep(0.3)
+        assert state["waiting"] == 2
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _progress(client: LabelingClient) -> dict[str, int]:
+    with suppress(UnreachableError):
+        return client.progress("try")
+    return {}
 
 
 @pytest.mark.slow

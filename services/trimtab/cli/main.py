@@ -15,6 +15,7 @@ from trimtab.cli.deploy import deploy
 from trimtab.cli.doctor import doctor
 from trimtab.cli.errors import exit_with
 from trimtab.cli.generate import generate
+from trimtab.cli.health import health
 from trimtab.cli.job import job
 from trimtab.cli.score import score
 from trimtab.cli.serve import serve
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, up, serve, train, job, doctor, generate, score, compare, deploy):
+for command in (demo, up, serve, train, job, doctor, generate, score, compare, deploy, health):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(keys.app, name="keys")

@@ -224,6 +224,49 @@ def test_skipping_asks_why(served, enter):
     expect(page.locator("#task")).not_to_have_attribute("action", str(first))
 
 
+def test_an_own_past_ranking_is_opened_changed_and_saved(served, enter):
+    page = enter("bob", "/c/helpful/next")
+    for digit in "123456":
+        page.keyboard.press(digit)
+    page.keyboard.press("Enter")
+    expect(page.locator(".pace strong")).to_have_text("1")
+    page.goto(served.address + "/c/helpful/mine")
+    page.locator(".rows a").first.click()
+    assert board(page) == list(LETTERS)
+    page.keyboard.press("t")  # A with the next one
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/mine")
+    [row] = served.rows()
+    assert shown_ranks(row) == [1, 1, 2, 3, 4, 5] and row["revision"] == 2
+
+
+def test_a_task_stays_in_its_labelers_hands_when_the_server_is_killed(served, enter):
+    page = enter("bob", "/c/write/next")
+    held = page.locator("#task").get_attribute("action")
+    served.kill()
+    served.restart()
+    page.goto(served.address + "/c/write/next")
+    assert page.locator("#task").get_attribute("action") == held
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/c/helpful", "/c/helpful/next", "/c/new-or-old/next", "/c/write/next", "/t/999"]
+)
+def test_a_page_in_chinese_holds_no_english_words_of_its_own(enter, path):
+    page = enter("bob", path, locale="zh-CN")
+    script = """() => {
+      const foreign = ".prompt, .answer-text, .chip, .where, .brand, .card h2, .menu-name, [lang=en], kbd, .choice, h1";
+      const words = [];
+      const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+      for (let node; (node = walker.nextNode()); ) {
+        const own = !node.parentElement.closest(foreign + ", script, noscript");
+        if (own) words.push(...(node.textContent.match(/[A-Za-z]{2,}/g) ?? []));
+      }
+      return words;
+    }"""
+    assert set(page.evaluate(script)) <= {"Enter", "Shift", "bob"}
+
+
 def test_a_comparison_takes_two_keys(served, enter):
     page = enter("bob", "/c/new-or-old/next")
     first = page.locator("#task").get_attribute("action")
@@ -237,8 +280,11 @@ def test_a_comparison_takes_two_keys(served, enter):
 
 
 ALL_PAGES = {
-    "bob": ["/", "/c/helpful", "/c/helpful/next", "/c/new-or-old/next", "/c/write/next", "/c/helpful/mine", "/t/999"],
-    "lea": ["/lead", "/lead/new", "/lead/c/helpful", "/lead/c/helpful/t/4"],
+    "bob": [
+        *("/", "/c/helpful", "/c/helpful/next", "/c/new-or-old/next", "/c/write/next", "/c/helpful/mine", "/t/999"),
+        *("/about-keys", "/c/done/next", "/c/helpful/next ?", "/c/helpful/next s"),
+    ],
+    "lea": ["/lead", "/lead/new", "/lead/c/helpful", "/lead/c/new-or-old", "/lead/c/helpful/t/4"],
     "root": ["/people"],
 }
 CHIEF_PAGES = {"bob": ["/c/helpful/next", "/c/new-or-old/next"], "lea": ["/lead/c/helpful"]}
@@ -259,12 +305,15 @@ def test_axe_finds_nothing(served, enter, theme, size, paths):
     for name, own in paths.items():
         page = enter(name, "/", viewport=size, color_scheme=theme)
         for path in own:
+            path, _, keys = path.partition(" ")
             page.goto(served.address + path)
             if path == "/c/helpful/next":
-                for key in "12f":
+                for key in keys or "12f":
                     page.keyboard.press(key)
-            found += violations(page, path)
-    assert found == []
+            found += violations(page, f"{path} {keys}")
+    page.context.clear_cookies()
+    page.goto(served.address + "/sign-in?failed=1")
+    assert found + violations(page, "/sign-in") == []
 
 
 def violations(page: Page, path: str) -> list[tuple]:
@@ -276,5 +325,5 @@ def test_nothing_sticks_out_of_a_phones_screen(served, enter):
     for name, paths in ALL_PAGES.items():
         page = enter(name, "/", viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
         for path in paths:
-            page.goto(served.address + path)
+            page.goto(served.address + path.partition(" ")[0])
             assert page.evaluate("document.documentElement.scrollWidth") <= 360, path

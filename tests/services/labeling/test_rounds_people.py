@@ -1,11 +1,15 @@
 """People as a round's source of rankings: the run makes a campaign, waits for the page, and takes what was said."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from sqlalchemy import delete
 
 from tests.services.labeling.browser import start_server
@@ -19,10 +23,16 @@ from trimtab.labeling.tables import Campaign
 from trimtab.labeling.vocabulary import Role
 from trimtab.rounds.duel import DuelPlan, Side
 from trimtab.rounds.duel_people import DuelError, people_wins
+from trimtab.rounds.journal import Journal, exclusive
 from trimtab.rounds.ranking.people_source import PeopleSource
-from trimtab.rounds.ranking.source import AnswerSet
+from trimtab.rounds.ranking.source import AnswerSet, write_rows
+from trimtab.rounds.recipe import Recipe
+from trimtab.rounds.rounds_status import StageStatus, read_status
+from trimtab.rounds.stages.context import RoundsContext
+from trimtab.rounds.stages.ranking import run_rank, sets_file
 from trimtab_client import Sampling
 
+EXAMPLES = Path(__file__).parents[3] / "examples"
 SETS = [AnswerSet(f"s-r1-{i}", f"p{i} \u2028", tuple("abcd"), (True, True, False, True)) for i in range(3)]
 
 
@@ -125,6 +135,42 @@ def test_a_comparison_on_the_page_is_the_human_win_rate_of_the_second_model(page
     assert people_wins(duel, first, second).tolist() == [1.0, 0.5, 0.5]
     [rate] = client.win_rates("a-or-b")
     assert (rate["challenger"], rate["rate"], rate["identical"]) == ("run/b@1", pytest.approx(2 / 3), 1)
+
+
+def test_the_rank_stage_waits_with_live_progress_in_rounds_status(page, served, tmp_path, now):
+    database, client = page
+    (tmp_path / "token").write_text(served[3])
+    settings = yaml.safe_load((EXAMPLES / "rounds" / "stories.yaml").read_text())
+    rank = {"source": "people", "address": client.address, "token_file": str(tmp_path / "token"), "poll_s": 0.1}
+    recipe = Recipe.model_validate(settings | {"name": "s", "rank": rank})
+    folder = tmp_path / "run"
+    folder.mkdir()
+    journal = Journal(folder)
+    journal.begin(recipe.model_dump(mode="json"), {})
+    context = RoundsContext(recipe, None, folder, None, journal, None, ExitStack(), lambda text: None)
+    write_rows(sets_file(context, 1), (answers.row() for answers in SETS))
+    with exclusive(folder), ThreadPoolExecutor(1) as pool:
+        attempt = journal.start("1/rank")
+        stage = pool.submit(run_rank, context, 1)
+        for ranked in range(len(SETS)):
+            wait_until(lambda ranked=ranked: f"{ranked} of 3 sets are ranked" in rank_stage(folder).detail)
+            assert rank_stage(folder).state == "waiting" and client.address in rank_stage(folder).detail
+            rank_next(database, "ann", now)
+        journal.complete("1/rank", attempt, stage.result(timeout=30))
+    assert rank_stage(folder).state == "done" and "rankings=3" in rank_stage(folder).detail
+    rows = [json.loads(line) for file in (folder / "rankings").rglob("*.jsonl") for line in file.open()]
+    assert {row["task"] for row in rows} == {answers.task for answers in SETS}
+
+
+def rank_stage(folder: Path) -> StageStatus:
+    return next(stage for stage in read_status(folder).stages if stage.name == "1/rank")
+
+
+def wait_until(happened) -> None:
+    deadline = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def answered(name: str, texts: list[list[str]]) -> Side:

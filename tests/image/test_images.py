@@ -1,0 +1,134 @@
+"""Images built for real with buildah, then run: skipped with a reason where buildah or a base image is missing.
+
+TRIMTAB_IMAGE_BASE names a base that is there, as buildah knows it; without it debootstrap makes one. TRIMTAB_IMAGE_TARGETS
+(web by default) says which targets are built; those with torch load several hundred megabytes. BUILDAH_ARGUMENTS go to the
+build (--volume of a package mirror, for example). Files of the images lie under pytest's temporary folder.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TARGETS = os.environ.get("TRIMTAB_IMAGE_TARGETS", "web").split(",")
+MOST_BYTES = {"web": 600 << 20, "model-server": 2 << 30, "generator": 2 << 30, "trainer": 3 << 30}  # without CUDA
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(2400),
+    pytest.mark.skipif(shutil.which("buildah") is None, reason="no buildah: apt-get install buildah"),
+    pytest.mark.skipif(os.getuid() != 0, reason="buildah's chroot isolation needs root here"),
+]
+
+
+class Buildah:
+    """buildah with storage of its own, chroot isolation, and no registry."""
+
+    def __init__(self, folder: Path) -> None:
+        self._storage = ("--root", str(folder / "root"), "--runroot", str(folder / "run"), "--storage-driver", "vfs")
+
+    def __call__(self, command: str, *arguments: str, check: bool = True) -> str:
+        done = subprocess.run(
+            ["buildah", *self._storage, command, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=2000
+        )
+        assert not check or done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return done.stdout + ("" if check else done.stderr)
+
+
+@pytest.fixture(scope="module")
+def buildah(tmp_path_factory) -> Buildah:
+    return Buildah(tmp_path_factory.mktemp("buildah"))
+
+
+@pytest.fixture(scope="module")
+def base(buildah, tmp_path_factory) -> str:
+    """A base image without a registry: the one that is named, or Debian by debootstrap."""
+    named = os.environ.get("TRIMTAB_IMAGE_BASE")
+    if named:
+        return named
+    if shutil.which("debootstrap") is None:
+        pytest.skip("no base image: apt-get install debootstrap, or TRIMTAB_IMAGE_BASE=…")
+    root = tmp_path_factory.mktemp("debian") / "root"
+    subprocess.run(
+        ["debootstrap", "--variant=minbase", "bookworm", str(root), "http://deb.debian.org/debian"],
+        check=True,
+        capture_output=True,
+        timeout=900,
+    )
+    container = buildah("from", "scratch").strip()
+    buildah("add", container, str(root), "/")
+    buildah("commit", container, "localhost/base:debian")
+    return "localhost/base:debian"
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def image(request, buildah, base) -> Iterator[tuple[str, str]]:
+    """(target, a container made of its image)."""
+    name = f"localhost/trimtab/{request.param}"
+    options = shlex.split(os.environ.get("BUILDAH_ARGUMENTS", ""))
+    fixed = ("--isolation", "chroot", "--pull=never", "--format", "docker", "--build-arg", f"BASE={base}")
+    buildah("bud", *fixed, *options, "--target", request.param, "-t", name, ".")
+    container = buildah("from", "--pull-never", name).strip()
+    yield request.param, container
+    buildah("rm", container)
+
+
+def inside(buildah: Buildah, container: str, *command: str, check: bool = True) -> str:
+    return buildah("run", "--isolation", "chroot", container, "--", *command, check=check)
+
+
+def test_trimtab_runs_in_it_as_a_user_who_is_not_root(buildah, image):
+    _, container = image
+    assert inside(buildah, container, "trimtab", "--version").startswith("trimtab ")
+    assert inside(buildah, container, "id", "-u").strip() == "10001"
+    assert "Permission denied" in inside(buildah, container, "touch", "/opt/trimtab/x", check=False)
+
+
+def test_it_holds_no_compiler_and_no_installer(buildah, image):
+    _, container = image
+    script = "for tool in gcc cc g++ clang make pip pip3; do command -v $tool; done; true"
+    assert inside(buildah, container, "sh", "-c", script) == ""
+
+
+def test_its_service_is_there_and_refuses_with_a_line_where_something_is_missing(buildah, image):
+    target, container = image
+    command = {
+        "web": ("label", "serve", "--host", "0.0.0.0"),
+        "model-server": ("serve", "reward", "--set", "model=/none"),
+        "generator": ("serve", "generator", "--set", "model=/none"),
+        "trainer": ("rounds", "status", "/none"),
+    }[target]
+    said = inside(buildah, container, "trimtab", *command, check=False)
+    assert "Traceback" not in said and "trimtab: " in said, said
+
+
+def test_every_package_of_it_is_listed_and_pinned(buildah, image):
+    _, container = image
+    parts = json.loads(inside(buildah, container, "cat", "/opt/trimtab/sbom.cdx.json"))["components"]
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    python = [part for part in parts if part["purl"].startswith("pkg:pypi/")]
+    assert len(python) > 20 and any(part["purl"].startswith("pkg:deb/") for part in parts)
+    for part in python:
+        version = part["version"].partition("+")[0]
+        assert pinned.get(part["name"].lower().replace("_", "-"), version) == version, part
+    assert {part["name"].lower().replace("_", "-") for part in python} <= pinned.keys()
+    assert not any(part["name"] == "gcc" for part in parts)
+
+
+def test_its_labels_health_check_and_size(buildah, image):
+    target, container = image
+    about = json.loads(buildah("inspect", container))
+    config = about["Docker"]["config"]
+    assert config["User"] == "10001:10001" and config["Entrypoint"] == ["trimtab"]
+    assert config["Labels"]["org.trimtab.sbom"] == "/opt/trimtab/sbom.cdx.json"
+    assert config["Healthcheck"]["Test"][:1] == (["NONE"] if target == "trainer" else ["CMD"])
+    listed = json.loads(buildah("images", "--json"))
+    size = next(one["size"] for one in listed if f"localhost/trimtab/{target}:latest" in (one["names"] or []))
+    number, unit = size.split()
+    assert float(number) * {"KB": 1e3, "MB": 1e6, "GB": 1e9}[unit] < MOST_BYTES[target], size
