@@ -1,8 +1,9 @@
 """Images built for real with buildah, then run: skipped with a reason where buildah or a base image is missing.
 
-TRIMTAB_IMAGE_BASE names a base that is there, as buildah knows it; without it debootstrap makes one. TRIMTAB_IMAGE_TARGETS
-(web by default) says which targets are built; those with torch load several hundred megabytes. BUILDAH_ARGUMENTS go to the
-build (--volume of a package mirror, for example). Files of the images lie under pytest's temporary folder.
+TRIMTAB_IMAGE_BASE names a base that is there, as buildah knows it; without it debootstrap makes one.
+TRIMTAB_IMAGE_TARGETS (web by default) says which targets are built; those with torch load several hundred megabytes.
+BUILDAH_ARGUMENTS go to the build (--volume of a package mirror, for example). Files of the images lie under pytest's
+temporary folder.
 """
 
 import json

@@ -103,4 +103,4 @@ def _openings(demo: Path, count: int) -> list[str]:
     path = demo / "data" / "evaluation" / "openings.jsonl"
     if not path.is_file():
         raise CommandError(f"{path} is not there: run `trimtab demo` again")
-    return [json.loads(line)["prompt"] for line in path.read_text().splitlines()[:count]]
+    return [json.loads(line)["prompt"] for line in path.read_bytes().splitlines()[:count]]

@@ -18,9 +18,9 @@ def read_rows(file: Path | None, plain_key: str | None) -> list[dict[str, Any]]:
     name = "stdin" if file is None or str(file) == "-" else str(file)
     if name == "stdin" and sys.stdin.isatty():
         raise CommandError("give texts as arguments, or JSON lines on stdin or with --file")
-    text = sys.stdin.read() if name == "stdin" else Path(name).read_text()
+    text = sys.stdin.read() if name == "stdin" else Path(name).read_text(encoding="utf-8")
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028
         if not line.strip():
             continue
         row = _parse(line) if line.lstrip().startswith("{") else None

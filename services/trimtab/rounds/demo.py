@@ -195,7 +195,7 @@ class Demo:
     def _evaluate(
         self, data: Path, sft: ModelVersion, policy: ModelVersion, judge: Judge, addresses: tuple[str, str, str]
     ) -> Comparison:
-        rows = (data / "evaluation" / "openings.jsonl").read_text().splitlines()
+        rows = (data / "evaluation" / "openings.jsonl").read_bytes().splitlines()
         openings = [json.loads(row)["prompt"] for row in rows]
         self._say(f"comparing {policy} with {sft} on {len(openings)} held-out openings")
         ppo = self._recipes.ppo

@@ -169,7 +169,7 @@ def rank_stage(folder: Path) -> StageStatus:
 def wait_until(happened) -> None:
     deadline = time.monotonic() + 30
     while not happened():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
 
 

@@ -99,4 +99,5 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 def read_json_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file that `write_rows` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:  # str.splitlines() would also cut at U+2028
+        return [json.loads(line) for line in lines]
