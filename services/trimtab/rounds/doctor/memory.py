@@ -97,18 +97,21 @@ def trained_model(shape: ModelShape, setting: Setting, *, scalar: bool = False, 
     """
     parameters = shape.scalar_parameters if scalar else shape.parameters
     c, shard = setting.compute_bytes, -(-parameters // setting.ranks)
+    alone = (
+        setting.ranks == 1
+    )  # shards are float32 weights themselves, gathered in the compute dtype when they are used
     parts = {
-        "weights": c * shard,
-        "master weights": 4 * shard if c < 4 else 0,
+        "weights": c * shard if alone else 0,
+        "master weights": 0 if alone and c == 4 else 4 * shard,
         "optimizer": 8 * shard,
         "gradients": 4 * shard,
         "average": (4 + c) * shard if average else 0,
     }
     activations = activation_bytes(shape, setting) + (0 if scalar else head_bytes(shape, setting))
-    parts["activations"] = max(activations, c * shard if c < 4 else 0)
-    if setting.ranks > 1:  # a block and the next one whole, its gradient, and the root's embeddings and head
+    parts["activations"] = max(activations, c * shard if alone and c < 4 else 0)
+    if not alone:  # a block and the next one, the embeddings and the head, each whole, with gradients on their way
         roots = shape.head_parameters * (1 if shape.tied or scalar else 2)
-        parts["gathered"] = c * (2 * shape.block_parameters + roots) + 4 * shape.block_parameters
+        parts["gathered"] = (3 * c + 4) * shape.block_parameters + (2 * c + 4) * roots
     return Need({name: size for name, size in parts.items() if size})
 
 
