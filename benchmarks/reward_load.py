@@ -100,7 +100,7 @@ async def run_load(
     scores: dict[str, float] = {}
     turn = itertools.cycle(range(len(texts)))
     begins = ends = 0.0
-    asked = [clients]
+    asked = [0]
 
     async def one(ask: Ask) -> None:
         while (sent := time.perf_counter()) < ends:
@@ -120,7 +120,6 @@ async def run_load(
 
     async with AsyncExitStack() as stack:
         asks = [await open_client(dialect, address, model, stack) for _ in range(clients)]
-        await asyncio.gather(*(ask(texts[0]) for ask in asks))
         begins = time.perf_counter() + warm_up_s
         ends = begins + seconds
         cores, *_ = await asyncio.gather(cpu(), *(one(ask) for ask in asks))

@@ -121,6 +121,8 @@ def parse_row(line: str, number: int = 1) -> TaskRow:
     """One line; RowError names the line and the field."""
     try:
         return task_row(json.loads(line))
+    except RecursionError:
+        raise RowError(number, "", "not JSON: nested too deeply") from None
     except json.JSONDecodeError as error:
         raise RowError(number, "", f"not JSON: {error.msg} at column {error.colno}") from None
     except ValidationError as error:

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DataError, IntegrityError
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -93,6 +93,8 @@ def create_app(room: Room) -> FastAPI:
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_exception_handler(RequestValidationError, _refuse_request)
     app.add_exception_handler(IntegrityError, _refuse_race)
+    for unkept in (UnicodeEncodeError, OverflowError, DataError):
+        app.add_exception_handler(unkept, _refuse_unkept)
     return app
 
 
@@ -101,7 +103,7 @@ def _refuse(request: Request, error: Exception) -> Response:
     if _for_program(request):
         field = error.field if isinstance(error, InvalidError) else ""
         headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-        return JSONResponse(_problem(str(error), field), error.status, headers)
+        return JSONResponse(_problem(str(error), field or _whole(error.status)), error.status, headers)
     if isinstance(error, UnauthenticatedError):
         return RedirectResponse(f"/sign-in?next={request.url.path if request.method == 'GET' else '/'}", 303)
     return _error_page(request, error.status, str(error))
@@ -110,14 +112,14 @@ def _refuse(request: Request, error: Exception) -> Response:
 def _refuse_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if _for_program(request):
-        return JSONResponse(_problem(str(error.detail)), error.status_code)
+        return JSONResponse(_problem(str(error.detail), _whole(error.status_code)), error.status_code)
     return _error_page(request, error.status_code, str(error.detail))
 
 
 def _refuse_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first: dict[str, Any] = dict(error.errors()[0])
-    field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path")) or "body"
     if _for_program(request):
         return JSONResponse(_problem(f"{field}: {first['msg']}", field), 422)
     return _error_page(request, 422, f"{field}: {first['msg']}")
@@ -126,6 +128,16 @@ def _refuse_request(request: Request, error: Exception) -> Response:
 def _refuse_race(request: Request, error: Exception) -> Response:
     """Two requests made the same thing at the same moment; the second one asks again and finds it there."""
     return _refuse(request, ConflictError("somebody did the same at this moment: try again"))
+
+
+def _refuse_unkept(request: Request, error: Exception) -> Response:
+    """What no column holds: half a surrogate pair, a zero character in PostgreSQL, an integer of more than 64 bits."""
+    return _refuse(request, InvalidError("body", f"holds a value that cannot be kept ({type(error).__name__})"))
+
+
+def _whole(status: int) -> str:
+    """The field of a refusal that names none: the body where the body is at fault."""
+    return "body" if status in (400, 422) else ""
 
 
 def _problem(message: str, field: str = "") -> dict[str, Any]:
