@@ -62,4 +62,9 @@ def test_up_puts_a_gateway_before_the_services_of_its_file(tmp_path: Path) -> No
 
 def test_a_gateway_before_nothing_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="gateway: reward: give the address of a reward service"):
-        load_up_config(up_file(tmp_path, "trainer: {}\ngateway: {}\n"))
+        load_up_config(up_file(tmp_path, "reference: {model: m}\ngateway: {}\n"))
+
+
+def test_a_gateway_beside_a_trainer_shows_that_trainer(tmp_path: Path) -> None:
+    config = load_up_config(up_file(tmp_path, "trainer: {port: 7999}\ngateway: {}\n"))
+    assert config.sections["gateway"]["trainer"] == "127.0.0.1:7999"
