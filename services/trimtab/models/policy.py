@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from trimtab.models import attention, last_layer, layouts, norms, rotary
 from trimtab.models.folders import check_vocabulary, load_pretrained, max_length_of, save_pretrained
 from trimtab.models.packing import PackedBatch
+from trimtab.models.sharded import compute_dtype
 from trimtab.models.tokenizers import eos_token_ids, load_tokenizer, tokenizer_digest
 
 
@@ -85,11 +86,11 @@ class Policy:
 
     @property
     def dtype(self) -> str:
-        return str(self.model.dtype).removeprefix("torch.")
+        return compute_dtype(self.model)
 
     @property
     def architecture(self) -> str:
-        return type(self.model).__name__
+        return type(self.model).__name__.removeprefix("FSDP")
 
     @property
     def generation_config(self) -> GenerationConfig | None:

@@ -19,7 +19,7 @@ from trimtab.models.errors import ModelLoadError
 from trimtab.models.folders import check_vocabulary, load_pretrained, max_length_of, save_pretrained
 from trimtab.models.packing import PackedBatch
 from trimtab.models.policy import Policy, body_forward
-from trimtab.models.sharded import whole_weights
+from trimtab.models.sharded import compute_dtype, whole_weights
 from trimtab.models.tokenizers import eos_token_ids, load_tokenizer, tokenizer_digest
 
 
@@ -134,11 +134,11 @@ class ScalarModel:
 
     @property
     def dtype(self) -> str:
-        return str(self.model.dtype).removeprefix("torch.")
+        return compute_dtype(self.model)
 
     @property
     def architecture(self) -> str:
-        return type(self.model).__name__
+        return type(self.model).__name__.removeprefix("FSDP")
 
     @property
     def parameter_count(self) -> int:

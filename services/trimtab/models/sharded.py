@@ -13,6 +13,7 @@ import torch
 
 T = TypeVar("T")
 METHOD = "run_with_whole_weights"
+COMPUTE_DTYPE = "sharded_compute_dtype"
 
 
 def whole_weights(model: torch.nn.Module, work: Callable[[], T]) -> T:
@@ -22,6 +23,11 @@ def whole_weights(model: torch.nn.Module, work: Callable[[], T]) -> T:
     """
     run = getattr(model, METHOD, None)
     return work() if run is None else run(work)
+
+
+def compute_dtype(model: Any) -> str:
+    """The dtype that a model computes and is published in: of a sharded one not that of its shards."""
+    return str(getattr(model, COMPUTE_DTYPE, model.dtype)).removeprefix("torch.")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,16 +54,16 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if full is None else full().detach()
 
 
-def shard(model: torch.nn.Module, mesh: Any, compute_dtype: torch.dtype) -> None:
-    """Leave each process its shard of each parameter, gathered layer by layer in `compute_dtype` when it is used.
+def shard(model: torch.nn.Module, mesh: Any, dtype: torch.dtype) -> None:
+    """Leave each process its shard of each parameter, gathered layer by layer in `dtype` when it is used.
 
     Gradients are summed over the processes, in the parameters' own dtype.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    dtype = next(model.parameters()).dtype
+    own = next(model.parameters()).dtype
     casts = MixedPrecisionPolicy(
-        param_dtype=None if compute_dtype == dtype else compute_dtype, reduce_dtype=dtype, cast_forward_inputs=False
+        param_dtype=None if dtype == own else dtype, reduce_dtype=own, cast_forward_inputs=False
     )
     body: Any = getattr(model, "base_model", model)
     for layer in getattr(body, "layers", None) or getattr(body, "h", None) or ():
@@ -67,6 +73,7 @@ def shard(model: torch.nn.Module, mesh: Any, compute_dtype: torch.dtype) -> None
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+    setattr(model, COMPUTE_DTYPE, dtype)
     setattr(model, METHOD, MethodType(_run, model))
     register_fsdp_forward_method(model, METHOD)
 

@@ -12,8 +12,10 @@ import torch
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.trainer.durable import fsync_file
+from trimtab.trainer.gather import save_gathered
 from trimtab.trainer.metric_sinks import METRICS
-from trimtab.trainer.metrics import MetricWriter, reported
+from trimtab.trainer.metrics import MetricWriter, NoMetrics, reported
+from trimtab.trainer.ranks import ALONE, Ranks
 from trimtab.trainer.run import Run, RunState, StopRun
 from trimtab.trainer.run_record import RunFolder
 from trimtab.trainer.state import Checkpoints, TrainingState
@@ -32,23 +34,25 @@ class StageContext:
     """Everything around a stage.
 
     Attributes:
-        lease: the right to publish this run, which one trainer has at a time.
+        lease: the right to publish this run, which one trainer has at a time; rank 0 holds it.
         folder: where the run's metrics and reports go, and in `state` what a resume needs.
         threads: compute threads while the trainer alone works.
         keep_versions: newest versions of a run that stay in the store.
         services: TLS and token towards the services that a stage calls.
         full_version_every: of so many versions one is full, the rest say what changed (half precision only).
+        ranks: the processes that train together; all see `folder` and the store.
     """
 
     run: Run
     store: Store
-    lease: Lease
+    lease: Lease | None
     folder: Path
     device: str
     threads: int
     keep_versions: int
     services: ChannelOptions = field(default_factory=ChannelOptions)
     full_version_every: int = 1
+    ranks: Ranks = ALONE
 
     def resolve(self, source: str) -> ResolvedSource:
         """A folder, hub id or "version:RUN/NAME[@STEP]" as a folder or id to load; a resumed run gets the same."""
@@ -64,14 +68,14 @@ class StageContext:
 
     def restore(self) -> TrainingState | None:
         """The newest durable state of this run; None where it starts from the beginning."""
-        return Checkpoints(self.state.checkpoints).newest()
+        return Checkpoints(self.state.checkpoints, self.ranks).newest()
 
     def save(self, state: TrainingState) -> None:
         """Make a state durable."""
         self.run.doing(f"saving the state of step {state.step}")
-        if (rows := self.folder / METRICS).exists():
+        if self.ranks.leads and (rows := self.folder / METRICS).exists():
             fsync_file(rows)  # the journal forgets a step once its checkpoint is there, so its row must be too
-        Checkpoints(self.state.checkpoints).save(state)
+        Checkpoints(self.state.checkpoints, self.ranks).save(state)
 
     def between_steps(
         self, step: int, every: int, take: Callable[[], TrainingState], publish: Callable[[], ModelVersion]
@@ -88,10 +92,29 @@ class StageContext:
             return publish()
 
         try:
-            self.run.between_steps(publish_durably)
+            self._serve_requests(publish_durably)
         except StopRun:
             self.save(take())
             raise
+
+    def _serve_requests(self, publish: Callable[[], ModelVersion]) -> None:
+        """`Run.between_steps` on every rank: what rank 0 is asked for, all do together. Raises StopRun."""
+        if self.ranks.world == 1:
+            self.run.between_steps(publish)
+        elif self.ranks.leads:
+
+            def publish_together() -> ModelVersion:
+                self.ranks.told(lambda: True)
+                return publish()
+
+            def go_on() -> bool:
+                self.run.between_steps(publish_together)
+                return False
+
+            self.ranks.told(go_on)
+        else:
+            while self.ranks.told(lambda: False):
+                publish()
 
     def publish(
         self,
@@ -104,11 +127,11 @@ class StageContext:
     ) -> ModelVersion:
         """Save a model in its compute dtype and publish it as run/`name`@`step`, the pointer moved to it."""
         run_id = self.run.snapshot.run_id
-        with tempfile.TemporaryDirectory(prefix="trimtab-publish-") as folder:
-            model.save(Path(folder))
-            finite = {key: value for key, value in metrics.items() if value == value and abs(value) != float("inf")}
+        finite = {key: value for key, value in metrics.items() if value == value and abs(value) != float("inf")}
+
+        def put(folder: Path) -> ModelVersion:
             manifest = self.store.publish(
-                Path(folder),
+                folder,
                 run_id=run_id,
                 name=name,
                 step=step,
@@ -117,9 +140,17 @@ class StageContext:
                 lease=self.lease,
                 deltas=self._deltas(model),
             )
-        self.run.published(manifest.version)
-        self.store.prune(run_id, name, keep_last=self.keep_versions)
-        return manifest.version
+            self.store.prune(run_id, name, keep_last=self.keep_versions)
+            return manifest.version
+
+        with tempfile.TemporaryDirectory(prefix="trimtab-publish-") as folder:
+            if self.ranks.world == 1:
+                model.save(Path(folder))
+            else:
+                save_gathered(model, Path(folder), self.ranks)
+            version = self.ranks.told(lambda: put(Path(folder)))
+        self.run.published(version)
+        return version
 
     def _deltas(self, model: Policy | ScalarModel) -> Deltas | None:
         """None for float32, where a step changes nearly every element."""
@@ -134,6 +165,8 @@ class StageContext:
 
     def open_metrics(self, total_steps: int, done_steps: int) -> MetricWriter:
         """The writer of the run's metrics, which goes on behind the steps that are done; 0 for a run that begins."""
+        if not self.ranks.leads:
+            return NoMetrics()
         known = reported(self.folder, total_steps, done_steps)
         self.run.plan(total_steps)
         self.run.recall(known, published_before(self.run.snapshot.run_id, self.store) if done_steps else [])

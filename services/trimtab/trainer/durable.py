@@ -48,10 +48,21 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Make `target`, which must not exist, appear whole: `fill` writes its files into a folder aside."""
+    aside = folder_aside(target)
+    fill(aside)
+    show_folder(aside, target)
+
+
+def folder_aside(target: Path) -> Path:
+    """An empty folder in which to write what shall appear as `target`."""
     aside = target.with_name(f"{ASIDE}{target.name}")
     shutil.rmtree(aside, ignore_errors=True)  # left by a kill
     aside.mkdir(parents=True)
-    fill(aside)
+    return aside
+
+
+def show_folder(aside: Path, target: Path) -> None:
+    """Make a folder that was written aside appear as `target`, its files on the disk."""
     for file in aside.iterdir():
         fsync_file(file)
     fsync_folder(aside)

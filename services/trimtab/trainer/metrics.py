@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,6 +67,19 @@ class MetricWriter:
             sink.write(row)
         self.last_step = step
         self._run.report(StepMetrics(step, total_steps, values, now))
+
+
+class NoMetrics(MetricWriter):
+    """The writer of ranks that report nothing: rank 0 has the same metrics."""
+
+    def __init__(self) -> None:
+        self.last_step = sys.maxsize
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def write(self, step: int, total_steps: int, values: dict[str, float]) -> None:
+        """Nothing."""
 
 
 def reported(folder: Path, total_steps: int | None = None, up_to_step: int | None = None) -> list[StepMetrics]:

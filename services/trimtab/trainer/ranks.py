@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -21,8 +21,13 @@ from trimtab.models.sharded import shard
 
 T = TypeVar("T")
 
+MEETING = timedelta(seconds=60)
 PATIENCE = timedelta(days=30)
 """How long ranks wait for rank 0's next word. One that dies ends the others at once: torchrun sees to it."""
+
+
+class RanksApartError(Exception):
+    """A rank is gone or waits for another thing than the others; only a new start brings them together."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,13 @@ class Ranks:
         if device != "cpu":
             device = f"{device.split(':')[0]}:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+        store, rank, _ = next(dist.rendezvous("env://"))
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the dead
+        store = dist.PrefixStore(f"start-{start}", store)
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         words = dist.new_group(backend="gloo", timeout=PATIENCE)
-        return cls(dist.get_rank(), world, device, words)
+        return cls(rank, world, device, words)
 
     def leave(self) -> None:
         """Part from the others."""
@@ -83,6 +92,42 @@ class Ranks:
         if word[1] is not None:
             raise word[1]
         return word[0]
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """`work` on rank 0 alone, which keeps its result; only `told` may use that. Where it raises, all ranks do."""
+        own: list[T] = []
+        self.told(lambda: own.append(work()))
+        return own[0] if self.leads else cast(T, None)
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Each rank's own result of `work`: rank 0 does it first, and where it fails every rank raises that."""
+        own: list[T] = []
+        self.told(lambda: own.append(work()))
+        return own[0] if self.leads else work()
+
+    def meet(self) -> None:
+        """Wait until every rank is here. Raises RanksApartError where one is not within `MEETING`: it went astray."""
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        try:
+            dist.monitored_barrier(self.words, timeout=MEETING)
+        except RuntimeError as error:
+            raise RanksApartError(f"the ranks are not together any more ({error}); start them again") from error
+
+    def mesh(self, device: str) -> Any:
+        """The ranks as a device mesh of a kind of device."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(device.split(":")[0], (self.world,))
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of a tensor, by rows as FSDP2 cuts it; a number stays whole."""
+        if self.world == 1 or not whole.dim():
+            return whole
+        parts = whole.chunk(self.world)
+        return parts[self.rank].clone() if self.rank < len(parts) else whole[:0].clone()
 
     def add(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Each number summed over the ranks, in float64."""
@@ -146,13 +191,16 @@ class Ranks:
         With one rank the model stays as it is.
         """
         if self.world > 1:
-            from torch.distributed.device_mesh import init_device_mesh
-
             dtype = torch.bfloat16 if compute_dtype == "bfloat16" else next(model.parameters()).dtype
-            shard(model, init_device_mesh(self.device.split(":")[0], (self.world,)), dtype)
+            shard(model, self.mesh(self.device), dtype)
 
 
 ALONE = Ranks()
+
+
+def follows() -> bool:
+    """Whether torchrun started this process as another rank than 0."""
+    return "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 def share_out(sizes: Sequence[int], ranks: int) -> list[list[int]]:

@@ -28,12 +28,12 @@ from trimtab.trainer.data import (
     tokenize_rankings,
 )
 from trimtab.trainer.epochs import EpochOrder
-from trimtab.trainer.forward import prepare_for_training
-from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
+from trimtab.trainer.optimizer import learning_rate
+from trimtab.trainer.ranks import ALONE, Ranks
 from trimtab.trainer.reward_loss import accumulate_pair_loss
 from trimtab.trainer.reward_report import RewardReport, make_report, score_held_out
 from trimtab.trainer.run import RunFailedError
-from trimtab.trainer.sft import load_policy, tell_what_was_cut
+from trimtab.trainer.sft import load_policy, make_optimizer, tell_what_was_cut
 from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import RewardModelConfig
 from trimtab.trainer.state import TrainingState, restore_trained, trained_tensors
@@ -42,17 +42,10 @@ from trimtab_client import ChannelOptions, GeneratorClient, ModelVersion, Sampli
 
 def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
     """Run the stage to its end; raises what stops it."""
-    stage = config.stage
+    stage, ranks = config.stage, context.ranks
     context.run.doing("loading the model and the rankings")
-    model = ScalarModel.from_policy(load_policy(stage.model, context), seed=stage.seed)
-    masters = masters_of(model.model, stage.compute_dtype)
-    limit = min(stage.max_length, model.max_length)
-    train = read_rankings(config.data, model, limit)
-    validation = read_rankings(config.validation_data, model, limit) if config.validation_data else None
-    sequences = (sequence.token_ids_T for ranking in train for sequence in ranking.sequences)
-    context.state.check_data("data", itertools.chain(sequences, (ranking.ranks_K for ranking in train)))
-    prepare_for_training(model.model, activation_checkpointing=stage.activation_checkpointing)
-    optimizer = MasterWeightOptimizer(model.model, stage.optimizer, masters)
+    model, train, validation = ranks.in_turn(lambda: _load(config, context))
+    optimizer = make_optimizer(model, stage, stage.optimizer, ranks)
     context.use_threads()
 
     order = EpochOrder(len(train), config.batch_prompts, config.epochs, stage.seed)
@@ -71,7 +64,7 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
 
     with (
         context.open_metrics(order.total_steps, done_steps) as writer,
-        closing(SideBySide(context.device, context.threads)) as side_by_side,
+        closing(SideBySide.of_ranks(context.device, context.threads, ranks)) as side_by_side,
     ):
         step = done_steps
         for done, indices in order.batches(done_steps):
@@ -85,7 +78,7 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
             metrics |= {"grad_norm_policy": norm, "learning_rate": rate}
             if validation and step % config.evaluate_every_steps == 0 and step < order.total_steps:
                 context.run.doing("evaluating on held-out rankings")
-                held_out = score_held_out(model, validation, stage.micro_batch_tokens)
+                held_out = score_held_out(model, validation, stage.micro_batch_tokens, ranks)
                 metrics["validation_pair_accuracy"] = make_report(held_out).accuracy.share
             writer.write(step, order.total_steps, metrics)
             if not np.isfinite(loss):
@@ -95,15 +88,17 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
                 context.between_steps(step, stage.checkpoint_every_steps, take, announce)
         final = {"loss": loss}
         context.run.doing("measuring the score's mean and deviation")
-        scores_B = normalization_scores(config, model, train, stage.micro_batch_tokens, context.services)
+        sequences = ranks.told(lambda: normalization_sequences(config, model, train, context.services))
+        scores_B = score_sequences(model, sequences, stage.micro_batch_tokens, ranks)
         model.set_normalization(float(scores_B.mean()), max(float(scores_B.std()), 1e-6))
         if validation:
             context.run.doing("evaluating on held-out rankings")
-            held_out = score_held_out(model, validation, stage.micro_batch_tokens)
+            held_out = score_held_out(model, validation, stage.micro_batch_tokens, ranks)
             from trimtab.trainer.reward_plots import write_report  # matplotlib takes a second
 
             report = make_report(held_out, train)
-            write_report(report, held_out, context.folder, mean=model.mean, std=model.std)
+            if ranks.leads:
+                write_report(report, held_out, context.folder, mean=model.mean, std=model.std)
             final |= accuracy_metrics(report)
             writer.write(step, order.total_steps, final)
         context.run.doing("publishing the reward model")
@@ -136,18 +131,27 @@ def read_rankings(source: str, model: ScalarModel, max_length: int) -> list[Toke
     return kept
 
 
-@torch.no_grad()
-def normalization_scores(
-    config: RewardModelConfig,
-    model: ScalarModel,
-    train: Sequence[TokenizedRanking],
-    micro_batch_tokens: int,
-    services: ChannelOptions,
-) -> torch.Tensor:
-    """Raw scores of the reference samples: the generator's answers, demonstrations, or the rankings' responses."""
-    sequences: list[np.ndarray]
+def _load(
+    config: RewardModelConfig, context: StageContext
+) -> tuple[ScalarModel, list[TokenizedRanking], list[TokenizedRanking] | None]:
+    """The model, the rankings and the held-out ones."""
+    stage = config.stage
+    model = ScalarModel.from_policy(load_policy(stage.model, context), seed=stage.seed)
+    _ = model.shares_beginnings  # asked of the whole model, before it is sharded
+    limit = min(stage.max_length, model.max_length)
+    train = read_rankings(config.data, model, limit)
+    validation = read_rankings(config.validation_data, model, limit) if config.validation_data else None
+    sequences = (sequence.token_ids_T for ranking in train for sequence in ranking.sequences)
+    context.state.check_data("data", itertools.chain(sequences, (ranking.ranks_K for ranking in train)))
+    return model, train, validation
+
+
+def normalization_sequences(
+    config: RewardModelConfig, model: ScalarModel, train: Sequence[TokenizedRanking], services: ChannelOptions
+) -> list[np.ndarray]:
+    """The reference samples: the generator's answers, demonstrations, or the rankings' responses."""
     if not config.normalization_data:
-        sequences = [sequence.token_ids_T for ranking in train for sequence in ranking.sequences]
+        return [sequence.token_ids_T for ranking in train for sequence in ranking.sequences]
     elif config.generator_address:
         prompts = tokenize_prompts(load_prompts(config.normalization_data), model.tokenizer, model.max_length - 1)
         sampling = Sampling(max_tokens=config.normalization_max_tokens, seed=config.stage.seed)
@@ -156,20 +160,23 @@ def normalization_scores(
                 raise RunFailedError("generator_address: its tokenizer is not the reward model's")
             completions = list(generator.generate([p.tolist() for p in prompts], sampling=sampling))
         completions.sort(key=lambda completion: completion.prompt_index)
-        sequences = [np.concatenate([c.prompt_token_ids, c.token_ids]) for c in completions]
+        return [np.concatenate([c.prompt_token_ids, c.token_ids]) for c in completions]
     else:
         eos = model.eos_token_ids[0] if model.eos_token_ids else None
         rows = load_demonstrations(config.normalization_data)
         tokenized = tokenize_demonstrations(rows, model.tokenizer, model.max_length, eos_token_id=eos)
-        sequences = [row.token_ids_T for row in tokenized]
-    return score_sequences(model, sequences, micro_batch_tokens)
+        return [row.token_ids_T for row in tokenized]
 
 
 @torch.no_grad()
-def score_sequences(model: ScalarModel, sequences: Sequence[np.ndarray], micro_batch_tokens: int) -> torch.Tensor:
+def score_sequences(
+    model: ScalarModel, sequences: Sequence[np.ndarray], micro_batch_tokens: int, ranks: Ranks = ALONE
+) -> torch.Tensor:
     """Raw score of each sequence, [B], in order."""
-    scores_B = torch.empty(len(sequences))
-    plan = plan_batches([len(sequence) for sequence in sequences], micro_batch_tokens)
+    scores_B = torch.zeros(len(sequences))
+    plan = ranks.plan([len(sequence) for sequence in sequences], micro_batch_tokens, plan_batches)
     for micro in plan:
-        scores_B[micro] = model.last_token_scores(pack([sequences[i] for i in micro], model.device)).cpu()
+        row = [sequences[i] for i in micro] or [np.zeros(1, dtype=np.int64)]
+        scores_B[micro] = model.last_token_scores(pack(row, model.device)).float().cpu()[: len(micro)]
+    ranks.join_parts(scores_B)
     return scores_B

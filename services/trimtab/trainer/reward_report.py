@@ -16,6 +16,7 @@ import torch
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.trainer.data import TokenizedRanking
 from trimtab.trainer.rankings import forward_tokens, plan_ranking_batches, score_rankings, untied_pairs
+from trimtab.trainer.ranks import ALONE, Ranks
 
 BOOTSTRAP_DRAWS = 1000
 CALIBRATION_BINS = 10
@@ -92,12 +93,18 @@ class HeldOutScores:
 
 
 @torch.no_grad()
-def score_held_out(model: ScalarModel, rankings: Sequence[TokenizedRanking], micro_batch_tokens: int) -> HeldOutScores:
+def score_held_out(
+    model: ScalarModel, rankings: Sequence[TokenizedRanking], micro_batch_tokens: int, ranks: Ranks = ALONE
+) -> HeldOutScores:
     """Score every held-out ranking."""
-    scores: list[np.ndarray] = []
-    for micro in plan_ranking_batches([forward_tokens(model, ranking) for ranking in rankings], micro_batch_tokens):
-        scores += [s.float().cpu().numpy() for s in score_rankings(model, [rankings[i] for i in micro])]
-    return HeldOutScores(rankings, tuple(scores))
+    scores = [torch.zeros(len(ranking.sequences)) for ranking in rankings]
+    sizes = [forward_tokens(model, ranking) for ranking in rankings]
+    for micro in ranks.plan(sizes, micro_batch_tokens, plan_ranking_batches):
+        found = score_rankings(model, [rankings[i] for i in micro] or rankings[:1])
+        for i, scores_K in zip(micro, found, strict=False):  # an idle rank's is not kept
+            scores[i].copy_(scores_K)
+    ranks.join_parts(*scores)
+    return HeldOutScores(rankings, tuple(scores_K.numpy() for scores_K in scores))
 
 
 def make_report(held_out: HeldOutScores, training: Sequence[TokenizedRanking] = (), seed: int = 0) -> RewardReport:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -21,13 +20,12 @@ from trimtab.trainer.config import DEFAULT_STORE, TrainerConfig
 from trimtab.trainer.context import StageContext, recall_run
 from trimtab.trainer.durable import held
 from trimtab.trainer.metric_sinks import METRIC
-from trimtab.trainer.ppo.loop import run_ppo
-from trimtab.trainer.reward_model import run_reward_model
+from trimtab.trainer.ranks import ALONE, Ranks, RanksApartError, follows
 from trimtab.trainer.run import Run, RunFailedError, RunSnapshot, RunState, StepMetrics, StopRun
 from trimtab.trainer.run_record import OtherConfigError, RunFolder, RunRecord
 from trimtab.trainer.sample_wire import read_samples
-from trimtab.trainer.sft import run_sft
 from trimtab.trainer.stages import Stage, StageConfigError, stage_from_proto
+from trimtab.trainer.work import STAGE_NAMES, Task, dismiss, follow, lead, part, stage_context
 from trimtab.weights.layout import check_name
 from trimtab.weights.store import Store, open_store
 from trimtab_client.v1 import trainer_pb2, trainer_pb2_grpc
@@ -37,16 +35,12 @@ log = get_logger(__name__)
 LABEL = "trainer"
 SERVICE_NAME = "trimtab.v1.TrainerService"
 SERVICES = (SERVICE_NAME,)
-STAGES: dict[str, Callable[[Any, StageContext], None]] = {
-    "sft": run_sft,
-    "reward_model": run_reward_model,
-    "ppo": run_ppo,
-}
-STAGE_NAMES = {"sft": "sft", "reward_model": "reward", "ppo": "ppo"}
 
 
 def main(config: TrainerConfig) -> int:
-    """Serve until SIGTERM; returns the exit code."""
+    """Serve until SIGTERM, or follow the rank that does; returns the exit code."""
+    if follows():
+        return follow(config, Ranks.join(config.device))
     return serve(LABEL, config, services=SERVICES, load=load)
 
 
@@ -58,7 +52,8 @@ async def load(context: ServerContext) -> Sequence[Service]:
         await asyncio.to_thread(check_training_kernels, config.device)
     except KernelMismatchError as error:
         raise StartError(str(error)) from error
-    servicer = TrainerServicer(config, open_store(config.store or DEFAULT_STORE), context.draining)
+    ranks = await asyncio.to_thread(Ranks.join, config.device)
+    servicer = TrainerServicer(config, open_store(config.store or DEFAULT_STORE), context.draining, ranks)
     context.metrics.registry.register(METRIC)
     context.on_close(servicer.close)
     return [Service(SERVICE_NAME, trainer_pb2_grpc.add_TrainerServiceServicer_to_server, servicer)]
@@ -67,8 +62,9 @@ async def load(context: ServerContext) -> Sequence[Service]:
 class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     """Runs stages one after another; keeps every run of this process, newest last."""
 
-    def __init__(self, config: TrainerConfig, store: Store, draining: asyncio.Event) -> None:
+    def __init__(self, config: TrainerConfig, store: Store, draining: asyncio.Event, ranks: Ranks = ALONE) -> None:
         self._config = config
+        self._ranks = ranks
         self._store = store
         self._draining = draining
         self._runs: dict[str, Run] = {}
@@ -175,6 +171,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             run.stop()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(dismiss, self._ranks)
 
     def _known(self, run_id: str, kind: str, stage: Stage) -> Run | None:
         """The run of that name that is going or has succeeded, here or before this process; None if it has to start.
@@ -237,10 +234,12 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         try:
             with self._held(run, kind, stage) as context:
                 try:
-                    STAGES[kind](stage, context)
+                    lead(Task(run_id, kind, stage), context)
                 except StopRun:
                     state = RunState.STOPPED
                 context.end(state)
+        except RanksApartError as failure:
+            part(self._ranks, failure)  # not the end of the run: it goes on once all ranks are back
         except Exception as failure:
             log.error("run failed", run_id=run_id, stage=kind, exc_info=failure)
             state, error = RunState.FAILED, str(failure) or type(failure).__name__
@@ -256,17 +255,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             owner, ttl_s = RunFolder(folder).begin(kind, stage).owner, config.lease_ttl_s
             run.doing("taking the run's lease")
             with self._store.acquire_lease(run_id, owner, ttl_s, wait_s=1.1 * ttl_s).kept_alive() as lease:
-                yield StageContext(
-                    run=run,
-                    store=self._store,
-                    lease=lease,
-                    folder=folder,
-                    device=config.device,
-                    threads=config.compute_threads,
-                    keep_versions=config.keep_versions,
-                    full_version_every=config.full_version_every,
-                    services=config.services.options(),
-                )
+                yield stage_context(config, self._store, run, lease, self._ranks)
 
 
 def check_run_id(run_id: str) -> None:

@@ -14,6 +14,8 @@ import torch
 
 from trimtab.models.packing import plan_batches
 from trimtab.models.policy import Policy
+from trimtab.models.scalar_head import ScalarModel
+from trimtab.models.sharded import local, spread
 from trimtab.runtime.logs import get_logger
 from trimtab.trainer.context import StageContext
 from trimtab.trainer.data import Tokenized, load_demonstrations, tokenize_demonstrations
@@ -22,8 +24,8 @@ from trimtab.trainer.forward import TokenBatch, prepare_for_training, residual_d
 from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
 from trimtab.trainer.ranks import ALONE, Ranks
 from trimtab.trainer.run import RunFailedError
-from trimtab.trainer.stages import SftConfig
-from trimtab.trainer.state import Tensors, TrainingState, restore_trained, trained_tensors
+from trimtab.trainer.stages import OptimizerConfig, SftConfig, StageConfig
+from trimtab.trainer.state import Tensors, TrainingState, restore_trained, trained_names, trained_tensors
 from trimtab_client import ModelVersion
 
 log = get_logger(__name__)
@@ -31,17 +33,10 @@ log = get_logger(__name__)
 
 def run_sft(config: SftConfig, context: StageContext) -> None:
     """Run the stage to its end; raises what stops it."""
-    stage = config.stage
+    stage, ranks = config.stage, context.ranks
     context.run.doing("loading the model and the demonstrations")
-    policy = load_policy(stage.model, context)
-    masters = masters_of(policy.model, stage.compute_dtype)
-    train = read_demonstrations(config.data, policy, stage.max_length)
-    validation = (
-        read_demonstrations(config.validation_data, policy, stage.max_length) if config.validation_data else None
-    )
-    context.state.check_data("data", train.sequences)
-    prepare_for_training(policy.model, activation_checkpointing=stage.activation_checkpointing)
-    optimizer = MasterWeightOptimizer(policy.model, stage.optimizer, masters)
+    policy, train, validation = ranks.in_turn(lambda: _load(config, context))
+    optimizer = make_optimizer(policy, stage, stage.optimizer, ranks)
     context.use_threads()
     order = EpochOrder(len(train), config.batch_size, config.epochs, stage.seed)
     progress = _Progress(policy, optimizer, dropout_seed=stage.seed)
@@ -57,7 +52,7 @@ def run_sft(config: SftConfig, context: StageContext) -> None:
         for done, batch in order.batches(progress.step):
             rate = learning_rate(stage.optimizer, done, order.total_steps)
             context.run.doing("training")
-            with residual_dropout(policy, config.dropout, progress.dropout):
+            with residual_dropout(policy, config.dropout, progress.dropout_of(done)):
                 loss = accumulate_nll(policy, train, batch, stage.micro_batch_tokens, optimizer)
             norm = optimizer.step(rate)
             step = progress.step = done + 1
@@ -70,7 +65,7 @@ def run_sft(config: SftConfig, context: StageContext) -> None:
             }
             if validation is not None and (step % config.evaluate_every_steps == 0 or step == order.total_steps):
                 context.run.doing("evaluating on held-out demonstrations")
-                metrics["validation_loss"] = mean_nll(policy, validation, stage.micro_batch_tokens)
+                metrics["validation_loss"] = mean_nll(policy, validation, stage.micro_batch_tokens, ranks)
                 metrics["validation_perplexity"] = float(np.exp(metrics["validation_loss"]))
                 progress.note_held_out(metrics["validation_loss"])
             writer.write(step, order.total_steps, metrics)
@@ -93,38 +88,76 @@ class _Progress:
     def __init__(self, policy: Policy, optimizer: MasterWeightOptimizer, *, dropout_seed: int) -> None:
         self._model = policy.model
         self._optimizer = optimizer
+        self._names = trained_names(policy.model)
         self.step, self.loss = 0, float("nan")
-        self.dropout = torch.Generator().manual_seed(dropout_seed % (1 << 63))
+        self._dropout_seed = dropout_seed
+        self._dropout = torch.Generator().manual_seed(dropout_seed % (1 << 63))
         self.best_loss, self.best_step = float("inf"), 0
         self._best: Tensors = {}
+
+    def dropout_of(self, step: int) -> torch.Generator:
+        """The dropout's RNG: one through the run; with several ranks another a rank and step, so any number goes on."""
+        ranks = self._optimizer.ranks
+        if ranks.world > 1:
+            seed = np.random.SeedSequence([self._dropout_seed, step, ranks.rank]).generate_state(1, np.uint64)
+            self._dropout.manual_seed(int(seed[0] >> np.uint64(1)))
+        return self._dropout
 
     def note_held_out(self, loss: float) -> None:
         """Keep the weights if their held-out loss is the lowest so far."""
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step
-            self._best = {name: weight.detach().clone() for name, weight in self._model.named_parameters()}
+            named = zip(self._names, self._optimizer.parameters, strict=True)
+            self._best = {name: local(weight).detach().clone() for name, weight in named}
 
     def take_best(self) -> None:
         """Put the best weights into the model, where there was held-out data."""
         if self._best:
-            self._model.load_state_dict(self._best, strict=False)  # tied weights have one of their names
+            with torch.no_grad():
+                for name, weight in zip(self._names, self._optimizer.parameters, strict=True):
+                    local(weight).copy_(self._best[name])
 
     def state(self) -> TrainingState:
         values = {"loss": self.loss, "best_loss": self.best_loss, "best_step": self.best_step}
+        parameters = dict(zip(self._names, self._optimizer.parameters, strict=True))
         tensors = {
             "policy": trained_tensors(self._model, self._optimizer),
-            "best": self._best,
-            "random": {"dropout": self.dropout.get_state()},
+            "best": {name: spread(weight, parameters[name]) for name, weight in self._best.items()},
         }
+        if self._optimizer.ranks.world == 1:
+            tensors["random"] = {"dropout": self._dropout.get_state()}
         return TrainingState(self.step, values, tensors)
 
     def load(self, state: TrainingState) -> None:
         """Go on where `state` was taken."""
         restore_trained(self._model, self._optimizer, state.tensors["policy"])
-        self.step, self._best = state.step, state.tensors["best"]
+        self.step, self._best = state.step, state.tensors.get("best", {})
         self.loss, self.best_loss = state.values["loss"], state.values["best_loss"]
         self.best_step = state.values["best_step"]
-        self.dropout.set_state(state.tensors["random"]["dropout"])
+        if self._optimizer.ranks.world == 1 and "random" in state.tensors:
+            self._dropout.set_state(state.tensors["random"]["dropout"])
+
+
+def _load(config: SftConfig, context: StageContext) -> tuple[Policy, TokenBatch, TokenBatch | None]:
+    """The policy, the demonstrations and the held-out ones."""
+    stage = config.stage
+    policy = load_policy(stage.model, context)
+    train = read_demonstrations(config.data, policy, stage.max_length)
+    held_out = config.validation_data
+    validation = read_demonstrations(held_out, policy, stage.max_length) if held_out else None
+    context.state.check_data("data", train.sequences)
+    return policy, train, validation
+
+
+def make_optimizer(
+    model: Policy | ScalarModel, stage: StageConfig, config: OptimizerConfig, ranks: Ranks
+) -> MasterWeightOptimizer:
+    """Make a loaded model ready to train, by all ranks: compute dtype, dropout, shards, masters."""
+    prepare_for_training(model.model, activation_checkpointing=stage.activation_checkpointing)
+    if ranks.world == 1:
+        return MasterWeightOptimizer(model.model, config, masters_of(model.model, stage.compute_dtype))
+    ranks.shard(model.model, stage.compute_dtype)
+    return MasterWeightOptimizer(model.model, config, ranks=ranks)
 
 
 def load_policy(source: str, context: StageContext) -> Policy:

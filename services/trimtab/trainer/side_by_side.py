@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from trimtab.trainer.ranks import Ranks
+
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -29,6 +31,11 @@ class SideBySide:
             lane.submit(_take_threads, share).result()
         if shares:
             _take_threads(threads)
+
+    @classmethod
+    def of_ranks(cls, device: str, threads: int, ranks: Ranks) -> SideBySide:
+        """As above; with several ranks one after the other, as all ranks' exchanges must come in one order."""
+        return cls(device, threads if ranks.world == 1 else 1)
 
     @property
     def splits(self) -> bool:

@@ -3,6 +3,7 @@
 Usage: torchrun --nproc-per-node N ranks_worker.py MODEL_FOLDER OUT.json
 """
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -18,14 +19,18 @@ from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.models.sharded import gathered, local, spread
 from trimtab.trainer.forward import scaled_like
+from trimtab.trainer.gather import save_gathered
 from trimtab.trainer.moving_average import MovingAverage
-from trimtab.trainer.optimizer import MasterWeightOptimizer
+from trimtab.trainer.optimizer import MasterWeightOptimizer, masters_of
 from trimtab.trainer.ppo.pretraining import Pretraining
 from trimtab.trainer.ppo.update import PpoUpdate
 from trimtab.trainer.ranks import ALONE, Ranks
 from trimtab.trainer.reward_loss import accumulate_pair_loss
 from trimtab.trainer.sft import accumulate_nll, mean_nll
 from trimtab.trainer.stages import OptimizerConfig, parse_stage
+from trimtab.trainer.state import Checkpoints, TrainingState, restore_trained, trained_tensors
+from trimtab.weights.digests import folder_digests
+from trimtab.weights.folder import publishable_files
 
 MICRO_BATCH_TOKENS = 24
 RATE = 1e-3
@@ -152,6 +157,80 @@ def compare(train: Callable, folder: str, ranks: Ranks, dtype: str, compute_dtyp
     }
 
 
+def one_step(trained: Trained) -> list[torch.Tensor]:
+    """The weights after one more step: they show the moments too."""
+    policy = trained.model
+    assert isinstance(policy, Policy)
+    accumulate_nll(policy, demonstrations(), range(6), MICRO_BATCH_TOKENS, trained.optimizer)
+    trained.optimizer.step(RATE)
+    return trained.weights()
+
+
+def reshard(folder: str, ranks: Ranks, there: Path) -> dict:
+    """A checkpoint goes from several ranks to several and to one, and from one to several; what is left of it."""
+
+    def fresh(of: Ranks) -> Trained:
+        return Trained(Policy.load(folder), of, "float32")
+
+    def save(trained: Trained, name: str, of: Ranks) -> None:
+        tensors = {"policy": trained_tensors(trained.model.model, trained.optimizer)}
+        Checkpoints(there / name, of).save(TrainingState(2, {"beta": 0.5}, tensors))
+
+    def load(name: str, of: Ranks) -> Trained:
+        trained, saved = fresh(of), Checkpoints(there / name, of).newest()
+        assert saved is not None and saved.step == 2 and saved.values == {"beta": 0.5}
+        restore_trained(trained.model.model, trained.optimizer, saved.tensors["policy"])
+        return trained
+
+    def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+        return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+    many, one = fresh(ranks), fresh(ALONE)
+    for trained in (many, one):
+        one_step(trained)
+        one_step(trained)
+    save(many, "many", ranks)
+    if ranks.leads:
+        save(one, "one", ALONE)
+    ranks.meet()
+    after = one_step(many)
+    return {
+        "many to many": difference(one_step(load("many", ranks)), after),
+        "many to one": difference(one_step(load("many", ALONE)), after),
+        "one to many": difference(one_step(load("one", ranks)), one_step(one)),
+        "files": sorted(path.name for path in there.glob("many/*/*")),
+    }
+
+
+def publish(folder: str, ranks: Ranks, there: Path) -> dict:
+    """The digests of a model's folder, written by several ranks and by one; in one file and in many."""
+    found = {}
+    for kind, compute_dtype in (("policy", "float32"), ("policy", "bfloat16"), ("reward", "float32")):
+        policy = Policy.load(folder)
+        model = ScalarModel.from_policy(policy, seed=1) if kind == "reward" else policy
+        alone = there / f"{kind}-{compute_dtype}"
+        if ranks.leads:
+            whole = copy.deepcopy(model.model)
+            masters_of(whole, compute_dtype)
+            whole.save_pretrained(alone)
+            model.tokenizer.save_pretrained(alone)
+        ranks.shard(model.model, compute_dtype)
+        for name, size_bytes in (("whole", 1 << 30), ("pieces", 4096)):
+            out = there / f"{kind}-{compute_dtype}-{name}"
+            out.mkdir(exist_ok=True)
+            save_gathered(model, out, ranks, size_bytes)
+            if ranks.leads:
+                files = [sorted(entry.name for entry in publishable_files(one)) for one in (alone, out)]
+                digests = [folder_digests(one, names)[0] for one, names in zip((alone, out), files, strict=True)]
+                settings = [(one / "config.json").read_text() for one in (alone, out)]
+                found[out.name] = {
+                    "tensors": set(digests[0]) == set(digests[1]),
+                    "config": settings[0] == settings[1],
+                    "files": len(list(out.glob("*.safetensors"))),
+                }
+    return found
+
+
 def main() -> None:
     folder, out = sys.argv[1:]
     ranks = Ranks.join("cpu")
@@ -162,6 +241,9 @@ def main() -> None:
         }
         for name, train in STAGES.items()
     }
+    there = Path(out).parent
+    found["checkpoints"] = reshard(folder, ranks, there)
+    found["folders"] = publish(folder, ranks, there)
     if ranks.leads:
         Path(out).write_text(json.dumps(found))
     ranks.leave()

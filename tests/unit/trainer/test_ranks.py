@@ -48,6 +48,20 @@ def test_each_rank_holds_about_half_of_the_weights(compared, stage):
     assert found["elements_held"] < 0.51 * found["elements"]
 
 
+@pytest.mark.parametrize("way", ["many to many", "many to one", "one to many"])
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(compared, way):
+    found = compared["checkpoints"]
+    assert found[way] <= (0 if way == "many to many" else 1e-7)  # one rank sums in another order
+    assert [name.startswith("shard-") for name in found["files"]] == [True, True, False]
+
+
+@pytest.mark.parametrize("model", ["policy-float32", "policy-bfloat16", "reward-float32"])
+def test_ranks_publish_the_folder_that_one_rank_publishes(compared, model):
+    whole, pieces = (compared["folders"][f"{model}-{name}"] for name in ("whole", "pieces"))
+    assert whole == {"tensors": True, "config": True, "files": 1}
+    assert pieces["tensors"] and pieces["config"] and pieces["files"] > 3
+
+
 def test_a_batch_is_shared_out_evenly_by_tokens():
     sizes = [90, 10, 40, 30, 20, 50]
     shares = share_out(sizes, 2)

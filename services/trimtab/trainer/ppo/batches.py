@@ -56,6 +56,10 @@ class Batch:
     clocks: RolloutClocks = field(default_factory=RolloutClocks)
     trace: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What other ranks are told of it: not the span, which is of this process."""
+        return self.__dict__ | {"trace": None}
+
     def __len__(self) -> int:
         return len(self.prompts) * self.samples
 

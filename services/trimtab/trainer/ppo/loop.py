@@ -7,7 +7,8 @@ A run that was cut off restores its last checkpoint and trains again on what the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 from trimtab.runtime import tracing
@@ -29,7 +30,7 @@ from trimtab.trainer.run import RunFailedError
 from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import PpoConfig
 from trimtab.weights.errors import VersionConflictError
-from trimtab_client import ModelVersion
+from trimtab_client import ModelInfo, ModelVersion
 
 log = get_logger(__name__)
 
@@ -39,27 +40,58 @@ MAX_SKIPPED_IN_A_ROW = 3
 def run_ppo(config: PpoConfig, context: StageContext) -> None:
     """Run the stage to its end, from where it was cut off; raises what stops it."""
     context.run.doing("loading the policy, the value model and the prompts")
+    ranks = context.ranks
     with (
-        closing(SideBySide(context.device, context.threads)) as side_by_side,
-        closing(Journal(context.state.journal)) as journal,
-        closing(LoopThread("rollouts")) as loop,
+        closing(SideBySide.of_ranks(context.device, context.threads, ranks)) as side_by_side,
+        ExitStack() as opened,
     ):
         state = PpoState(config, context, side_by_side)
         saved = context.restore()
         if saved is not None:
             state.load(saved)
-        replayed_to = whole_steps(journal, state.step, config.batch_size)
-        with (
-            _open(config, state, context, loop) as clients,
-            context.open_metrics(config.steps, replayed_to) as writer,
-        ):
+        rollouts = ranks.lead(lambda: opened.enter_context(_open(config, state, context)))
+        if config.exact_kl:
+            context.run.doing("loading the reference's LM head")
+            reference = ranks.told(lambda: rollouts.reference)
+            head = ranks.in_turn(lambda: reference and load_reference_head(reference, state.policy, context.store))
+            state.update.reference_head = head
+        replayed_to = ranks.told(lambda: rollouts.replayed_to)
+        writer = opened.enter_context(context.open_metrics(config.steps, replayed_to))
+        if ranks.leads:
             keep_rows(context.folder / SAMPLES, writer.last_step)
-            pipeline = Pipeline(config, clients, state.prompts, journal, context.run, loop, state.step)
-            _Steps(config, context, state, pipeline, journal, writer, replayed_to).run()
+        _Steps(config, context, state, rollouts, writer, replayed_to).run()
+
+
+@dataclass(frozen=True)
+class _Rollouts:
+    """Where batches come from; rank 0 has it.
+
+    Attributes:
+        reference: what the reference service serves.
+        replayed_to: steps up to this one were trained before, by the journal.
+    """
+
+    pipeline: Pipeline
+    journal: Journal
+    reference: ModelInfo | None
+    replayed_to: int
 
 
 @contextmanager
-def _open(config: PpoConfig, state: PpoState, context: StageContext, loop: LoopThread) -> Iterator[RolloutClients]:
+def _open(config: PpoConfig, state: PpoState, context: StageContext) -> Iterator[_Rollouts]:
+    """The journal and the services."""
+    with (
+        closing(Journal(context.state.journal)) as journal,
+        closing(LoopThread("rollouts")) as loop,
+        _services(config, state, context, loop) as clients,
+    ):
+        replayed_to = whole_steps(journal, state.step, config.batch_size)
+        pipeline = Pipeline(config, clients, state.prompts, journal, context.run, loop, state.step)
+        yield _Rollouts(pipeline, journal, clients.reference_model, replayed_to)
+
+
+@contextmanager
+def _services(config: PpoConfig, state: PpoState, context: StageContext, loop: LoopThread) -> Iterator[RolloutClients]:
     """The services, checked against the policy."""
     clients = RolloutClients(config, state.policy.tokenizer, context.run.hindered, context.services)
     try:
@@ -68,47 +100,46 @@ def _open(config: PpoConfig, state: PpoState, context: StageContext, loop: LoopT
             f"reference {config.reference_address}"
         )
         context.run.wait(loop.submit(clients.check(state.policy.tokenizer_digest)))
-        if config.exact_kl and clients.reference_model is not None:
-            context.run.doing("loading the reference's LM head")
-            state.update.reference_head = load_reference_head(clients.reference_model, state.policy, context.store)
         yield clients
     finally:
         loop.submit(clients.close()).result()
 
 
 class _Steps:
-    """The loop itself. `replayed_to`: steps up to this one were trained before, by the journal."""
+    """The loop itself, on every rank; `rollouts` is asked on rank 0 alone, and the others are told."""
 
     def __init__(
         self,
         config: PpoConfig,
         context: StageContext,
         state: PpoState,
-        pipeline: Pipeline,
-        journal: Journal,
+        rollouts: _Rollouts,
         writer: MetricWriter,
         replayed_to: int,
     ) -> None:
         self.config = config
         self.context = context
         self.state = state
-        self.pipeline = pipeline
-        self.journal = journal
+        self.ranks = context.ranks
+        self.rollouts = rollouts
         self.writer = writer
         self.replayed_to = replayed_to
         self.samples = SampleLog(context.folder, state.policy.tokenizer)
 
     def run(self) -> None:
         config, context, state = self.config, self.context, self.state
-        self.pipeline.admit(self._publish({}))
+        self._admit(self._publish({}))
         while state.step < config.steps:
             version = self._step()
             if state.step < config.steps:
                 every = config.stage.checkpoint_every_steps
                 context.between_steps(state.step, every, state.state, lambda newest=version: newest)
                 if state.step % every == 0:
-                    self.journal.forget(state.step)
-        self.pipeline.settle()
+                    self.ranks.told(lambda: self.rollouts.journal.forget(state.step))
+        self.ranks.told(lambda: self.rollouts.pipeline.settle())
+
+    def _admit(self, version: ModelVersion) -> None:
+        self.ranks.told(lambda: self.rollouts.pipeline.admit(version))
 
     def _step(self) -> ModelVersion:
         """Train on the next batch, keep it, publish it, report it."""
@@ -116,7 +147,7 @@ class _Steps:
         step, times = state.step + 1, StepTimes()
         replayed = step <= self.replayed_to
         context.run.doing("replaying the journal" if replayed else "generating, scoring and referencing")
-        batch = self.pipeline.take(step)
+        batch = self.ranks.told(lambda: self.rollouts.pipeline.take(step))
         episodes = batch.in_order
         times.collected(batch.clocks)
 
@@ -148,7 +179,7 @@ class _Steps:
         context.run.doing("publishing")
         with tracing.span("trainer", "publish", {"trimtab.step": step}, parent=batch.trace):
             version = self._publish(metrics)
-        self.pipeline.admit(version)
+        self._admit(version)
         times.published()
         if step > self.writer.last_step:
             self.samples.write(step, episodes, experience, targets)

@@ -15,17 +15,15 @@ from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.trainer.context import StageContext
 from trimtab.trainer.data import load_prompts, tokenize_prompts
-from trimtab.trainer.forward import prepare_for_training
 from trimtab.trainer.moving_average import MovingAverage
-from trimtab.trainer.optimizer import MasterWeightOptimizer, masters_of
 from trimtab.trainer.ppo.kl_controller import KLController
 from trimtab.trainer.ppo.pretraining import Pretraining
 from trimtab.trainer.ppo.prompts import Sampler
 from trimtab.trainer.ppo.update import PpoUpdate
 from trimtab.trainer.run import RunFailedError
-from trimtab.trainer.sft import load_policy, read_demonstrations, tell_what_was_cut
+from trimtab.trainer.sft import load_policy, make_optimizer, read_demonstrations, tell_what_was_cut
 from trimtab.trainer.side_by_side import SideBySide
-from trimtab.trainer.stages import OptimizerConfig, PpoConfig, StageConfig
+from trimtab.trainer.stages import PpoConfig
 from trimtab.trainer.state import TrainingState, restore_trained, trained_tensors
 
 
@@ -39,16 +37,15 @@ class PpoState:
     """
 
     def __init__(self, config: PpoConfig, context: StageContext, side_by_side: SideBySide) -> None:
-        stage = config.stage
+        stage, ranks = config.stage, context.ranks
         self.step = 0
         self.skipped_in_a_row = 0
-        self.policy = load_policy(stage.model, context)
-        self.value_model = load_value_model(config, self.policy, context) if config.advantage == "gae" else None
-        self._policy_optimizer = _optimizer(self.policy, stage, stage.optimizer)
-        self._value_optimizer = self.value_model and _optimizer(self.value_model, stage, config.value_optimizer)
+        self.policy, self.value_model, prompts, pretraining = ranks.in_turn(lambda: _load(config, context))
+        self._policy_optimizer = make_optimizer(self.policy, stage, stage.optimizer, ranks)
+        self._value_optimizer = self.value_model and make_optimizer(
+            self.value_model, stage, config.value_optimizer, ranks
+        )
         self.kl = KLController(config.kl_coefficient, config.adaptive_kl_target, config.adaptive_kl_horizon)
-        prompts = read_prompts(config, self.policy)
-        context.state.check_data("prompts", prompts)
         self.prompts = Sampler(prompts, stage.seed)
         self.drawn = self.prompts.state_dict()
         self._permutations = np.random.default_rng([stage.seed, 1])
@@ -61,7 +58,7 @@ class PpoState:
             self._permutations,
             side_by_side,
         )
-        self.update.pretraining = read_pretraining(config, self.policy, context) if config.ptx_data else None
+        self.update.pretraining = pretraining
         self.average = (
             MovingAverage(self.policy.model, self._policy_optimizer, config.ema_decay) if config.ema_decay else None
         )
@@ -103,10 +100,15 @@ class PpoState:
             self.update.pretraining.load_state_dict(values["pretraining"])
 
 
-def _optimizer(model: Policy | ScalarModel, stage: StageConfig, config: OptimizerConfig) -> MasterWeightOptimizer:
-    masters = masters_of(model.model, stage.compute_dtype)
-    prepare_for_training(model.model, activation_checkpointing=stage.activation_checkpointing)
-    return MasterWeightOptimizer(model.model, config, masters)
+def _load(
+    config: PpoConfig, context: StageContext
+) -> tuple[Policy, ScalarModel | None, Sequence[np.ndarray], Pretraining | None]:
+    """The policy, the value model, the prompts and the pretraining texts."""
+    policy = load_policy(config.stage.model, context)
+    value_model = load_value_model(config, policy, context) if config.advantage == "gae" else None
+    prompts = read_prompts(config, policy)
+    context.state.check_data("prompts", prompts)
+    return policy, value_model, prompts, read_pretraining(config, policy, context) if config.ptx_data else None
 
 
 def load_value_model(config: PpoConfig, policy: Policy, context: StageContext) -> ScalarModel:
