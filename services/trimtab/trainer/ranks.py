@@ -54,9 +54,9 @@ class Ranks:
         if device != "cpu":
             device = f"{device.split(':')[0]}:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        store, rank, _ = next(dist.rendezvous("env://"))
+        store, rank, _ = next(dist.rendezvous("env://"))  # pyright: ignore[reportPrivateImportUsage]: documented
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the dead
-        store = dist.PrefixStore(f"start-{start}", store)
+        store = dist.PrefixStore(f"start-{start}", store)  # pyright: ignore[reportPrivateImportUsage]: documented
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         words = dist.new_group(backend="gloo", timeout=PATIENCE)
