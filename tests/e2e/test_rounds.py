@@ -144,6 +144,7 @@ def kill_when(process: subprocess.Popen[bytes], condition, timeout_s: float = 20
     process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_killed_inside_ppo_and_between_stages_it_goes_on_where_it_was(miniature):
     recipe, _ = miniature

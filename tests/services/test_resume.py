@@ -192,6 +192,8 @@ async def test_a_stopped_ppo_run_goes_on_without_counting_a_step_twice(make_tiny
         assert status.state == "succeeded", status.error
     assert [row.step for row in metrics] == list(range(1, 10))
     assert [version.name for version in status.published[-2:]] == ["policy-ema", "policy"]
-    samples = [json.loads(line)["step"] for line in (tmp_path / "runs/run/samples.jsonl").read_text().splitlines()]
-    assert sorted(samples) == samples and {samples.count(step) for step in range(1, 10)} == {8}
+    rows = [json.loads(line) for line in (tmp_path / "runs/run/samples.jsonl").open(encoding="utf-8")]
+    samples = [(row["step"], row["seed"]) for row in rows]
+    assert sorted({step for step, _ in samples}) == list(range(1, 10)) and len(set(samples)) == len(samples)
+    assert [step for step, _ in samples] == sorted(step for step, _ in samples)
     assert max(row.values["staleness_mean"] for row in metrics) <= staleness

@@ -43,6 +43,7 @@ def steps(folder):
     return [record["step"] for record in records if record.get("event") == "step"]
 
 
+@pytest.mark.slow
 def test_a_job_ends_with_its_run_and_again_is_harmless(folder):
     assert start(folder).wait(120) == 0
     (version,) = open_store(str(folder / "store")).versions("r1", "policy")

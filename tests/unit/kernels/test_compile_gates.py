@@ -22,7 +22,7 @@ def compiled(environment):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("version", ["installed", "3.6.0"])
+@pytest.mark.parametrize("version", ["installed", pytest.param("3.6.0", marks=pytest.mark.slow)])
 def test_kernels_compile_without_spilling_and_use_the_tensor_cores(version):
     if version == "3.6.0" and not OLDER_TRITON.is_dir():
         pytest.skip("no Triton 3.6.0 in build/: `make build/triton-3.6.0`")
