@@ -29,7 +29,18 @@ class Method:
     converses: bool = False
 
     async def call(self, channel: grpc.aio.Channel, token: str | None = None) -> grpc.StatusCode:
-        """Call it with an empty request; the code that comes back."""
+        """Call it with an empty request; the code that comes back.
+
+        gRPC's asyncio client says INTERNAL where a server has refused a conversation before the client wrote to it:
+        such a call is made again.
+        """
+        for _ in range(20 if self.converses else 1):
+            code = await self._call(channel, token)
+            if code != grpc.StatusCode.INTERNAL:
+                break
+        return code
+
+    async def _call(self, channel: grpc.aio.Channel, token: str | None) -> grpc.StatusCode:
         metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
         try:
             if self.converses:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 from transformers import Qwen3Config
 from typer.testing import CliRunner
@@ -85,6 +86,7 @@ def test_a_wrong_key_is_a_finding_with_the_key_that_was_meant(tmp_path: Path) ->
     assert "did you mean 'clip_range'" in found["recipe"]["detail"]
 
 
+@pytest.mark.slow
 def test_the_8b_recipe_fits_on_eight_gpus_of_80_gib_and_not_on_fewer_or_smaller_ones(tmp_path: Path) -> None:
     shape = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
     grouped = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": False}

@@ -52,6 +52,7 @@ def test_a_job_ends_with_its_run_and_again_is_harmless(folder):
     assert len(open_store(str(folder / "store")).versions("r1", "policy")) == 1
 
 
+@pytest.mark.slow
 def test_wrong_settings_are_42_and_a_failed_run_is_1(folder):
     assert start(folder, batch_size=0).wait(60) == 42
     assert start(folder, batches=3).wait(60) == 42

@@ -162,7 +162,7 @@ def test_the_policy_that_is_served_now_answers_a_prompt(browser: Browser, room: 
 
 
 @needs_browser
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_every_page_is_accessible_and_fits_a_phone(browser: Browser, room: Room, theme: str) -> None:
     page = opened(browser, room, "root", color_scheme=theme, viewport={"width": 390, "height": 844})
     for path in PATHS:
