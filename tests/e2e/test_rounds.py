@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trimtab.rounds.journal import Journal
-from trimtab.rounds.rounds_status import read_status
+from trimtab.rounds.status import read_status
 from trimtab.weights.store import open_store
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -9,7 +9,7 @@ import pytest
 from trimtab.cli.settings import read_yaml
 from trimtab.cli.stage_config import stage_config
 from trimtab.cli.watch_run import RunWatcher
-from trimtab.rounds.demo import Demo, DemoRecipes
+from trimtab.rounds.demo.run import Demo, DemoRecipes
 from trimtab.rounds.launchers.local import Supervisor
 from trimtab_client import ModelVersion, TrainerClient
 from trimtab_client.v1 import trainer_pb2

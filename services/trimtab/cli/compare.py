@@ -37,9 +37,10 @@ def compare(
 
     from trimtab.cli.signals import sigterm_interrupts
     from trimtab.rounds.answers import read_prompts
-    from trimtab.rounds.duel import DuelPlan, run_duel
-    from trimtab.rounds.duel_people import PEOPLE
-    from trimtab.rounds.duel_report import figures, verdict, write_duel_report
+    from trimtab.rounds.duel.people import PEOPLE
+    from trimtab.rounds.duel.plan import DuelPlan
+    from trimtab.rounds.duel.report import figures, verdict, write_duel_report
+    from trimtab.rounds.duel.run import run_duel
     from trimtab.rounds.launchers.services import fair_threads
     from trimtab.rounds.scorers import check_spec
     from trimtab_client import Sampling

@@ -26,8 +26,8 @@ def demo(
     from trimtab.cli.signals import sigterm_interrupts
     from trimtab.cli.stage_config import stage_config
     from trimtab.cli.watch_run import RunWatcher
-    from trimtab.rounds.demo import Demo, DemoRecipes
-    from trimtab.rounds.demo_report import write_demo_report
+    from trimtab.rounds.demo.contents import write_demo_report
+    from trimtab.rounds.demo.run import Demo, DemoRecipes
     from trimtab.rounds.launchers.local import Supervisor
 
     recipes = examples / "demo"

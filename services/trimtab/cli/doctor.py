@@ -15,7 +15,7 @@ from trimtab.cli.train import Stage
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from trimtab.rounds.doctor.finding import Finding
+    from trimtab.doctor.finding import Finding
 
 UNITS = {"": 1 << 30, "GIB": 1 << 30, "GB": 10**9, "MIB": 1 << 20}
 MARKS = {"ok": ("✓", "green"), "skipped": ("-", "yellow"), "failed": ("✗", "bold red")}
@@ -48,9 +48,9 @@ def doctor(
 
     from trimtab.cli.doctor_recipe import read_plan, torchrun_ranks
     from trimtab.cli.settings import parse_assignments
-    from trimtab.rounds.doctor.devices import devices_given
-    from trimtab.rounds.doctor.examination import examine
-    from trimtab.rounds.doctor.finding import failed
+    from trimtab.doctor.devices import devices_given
+    from trimtab.doctor.examination import examine
+    from trimtab.doctor.finding import failed
 
     given = devices_given(gpus, size_bytes(gpu_memory)) if gpus else None
     ranks, local_ranks = torchrun_ranks(torchrun)

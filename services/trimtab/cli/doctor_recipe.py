@@ -18,7 +18,7 @@ from trimtab.cli.errors import CommandError
 from trimtab.cli.settings import read_yaml
 from trimtab.cli.stage_config import STAGES, stage_config
 from trimtab.cli.up_config import UpConfig, load_up_config
-from trimtab.rounds.doctor.plan import Plan, Planned
+from trimtab.doctor.plan import Plan, Planned
 from trimtab.rounds.launchers.services import SERVICES
 from trimtab.rounds.recipe import FILLED_IN, Recipe, parse_recipe
 from trimtab.runtime.config import ServiceConfig, load_config

@@ -98,7 +98,7 @@ def status(
     from rich.console import Console
     from rich.table import Table
 
-    from trimtab.rounds.rounds_status import read_status
+    from trimtab.rounds.status import read_status
 
     now = read_status(folder)
     if as_json:

@@ -1,150 +1,103 @@
-"""The report's pictures, drawn with matplotlib. Each function writes one PNG of what `report` hands it."""
+"""The picture of a run of rounds: the rise over rounds, and every score against KL, where over-optimisation shows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")  # no display
 from matplotlib import pyplot as plt
 
-if TYPE_CHECKING:
-    from trimtab.rounds.report import RoundReport, StageSeries
+from trimtab.rounds.figures import RoundFigures
+from trimtab.rounds.plot_style import ACCENT, AFTER, BEFORE, STYLE
+from trimtab.rounds.recipe import Recipe
+from trimtab.rounds.stages.evaluation import GOLD, JUDGE, REWARD
 
-BEFORE, AFTER, ACCENT, QUIET = "#8a94a6", "#0f766e", "#c2410c", "#d6dae2"
-STYLE: Any = {  # matplotlib's own type for it is a closed list of keys
-    "figure.dpi": 150,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa3b2",
-    "axes.grid": True,
-    "grid.color": "#eceff4",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
+GOLD_COLOR = "#b45309"
+LABELS = {
+    JUDGE: "held-out judge",
+    GOLD: "gold score behind the simulated labeler",
+    REWARD: "the round's own reward model",
+}
+LOOKS: dict[str, dict[str, Any]] = {
+    JUDGE: {"color": AFTER, "linewidth": 2.0, "marker": "o", "markersize": 5},
+    GOLD: {"color": GOLD_COLOR, "linewidth": 1.5, "marker": "s", "markersize": 4},
+    REWARD: {"color": BEFORE, "linewidth": 1.3, "marker": "^", "markersize": 4, "linestyle": "--"},
 }
 
 
-def draw_curves(report: RoundReport, file: Path) -> None:
-    """SFT loss, reward-model loss, PPO reward, PPO's KL, by step."""
+def draw_rounds(rounds: Sequence[RoundFigures], recipe: Recipe, best_round: int, file: Path) -> None:
+    """One PNG: win rate against SFT by round with intervals, and for each round all scores against KL."""
+    trained = [figures for figures in rounds if figures.number]
+    columns = 1 + len(trained)  # one axis of percent for all
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained")
-        _line(axes[0, 0], report.sft, "loss", BEFORE, "SFT: loss", "nats a token")
-        _points(axes[0, 0], report.sft, "validation_loss", ACCENT, "held-out")
-        _line(axes[0, 1], report.reward, "loss", BEFORE, "Reward model: loss", "mean over pairs")
-        axes[0, 1].axhline(np.log(2), color=QUIET, linestyle="--", linewidth=1)
-        axes[0, 1].text(0.99, np.log(2), "chance", color=BEFORE, ha="right", va="bottom", transform=_right(axes[0, 1]))
-        _line(axes[1, 0], report.ppo, "normalized_score_mean", AFTER, "PPO: reward", "normalised score")
-        _line(
-            axes[1, 1], report.ppo, "kl_nats_per_sequence", ACCENT, "PPO: KL from the reference", "nats a response (k1)"
+        figure, axes = plt.subplots(
+            1,
+            columns,
+            figsize=(max(8.4, 3.2 + 2.6 * len(trained)), 3.8),
+            layout="constrained",
+            sharey=True,
+            squeeze=False,
         )
+        _draw_rise(axes[0, 0], rounds, best_round)
+        reach = 1.08 * max(point.kl.k1_per_response.value for r in trained for point in r.points)
+        for place, figures in zip(axes[0, 1:], trained, strict=True):
+            _draw_frontier(place, figures, reach, is_best=figures.number == best_round)
+        handles, labels = axes[0, 1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         figure.savefig(file)
         plt.close(figure)
 
 
-def draw_judge(report: RoundReport, file: Path) -> None:
-    """The judge's probabilities before and after, and the win rate with its interval."""
-    comparison = report.comparison
-    before, after = comparison.before, comparison.after
-    with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", width_ratios=[1.7, 1])
-        bins = np.linspace(0, 1, 26)
-        for figures, color in ((before, BEFORE), (after, AFTER)):
-            values = figures.judge_PS.ravel()
-            weights = np.full(values.size, 100 / values.size)
-            left.hist(
-                values,
-                bins,
-                weights=weights,
-                color=color,
-                alpha=0.55,
-                label=f"{figures.name}, mean {values.mean():.2f}",
-            )
-            left.axvline(values.mean(), color=color, linewidth=1.5)
-        left.set(title="What the judge thinks", xlabel="probability that the text is positive", ylabel="% of responses")
-        left.set_xlim(0, 1)
-        left.legend(loc="upper left")
-        rate = comparison.win_rate
-        spread = [[100 * (rate.value - rate.low)], [100 * (rate.high - rate.value)]]
-        right.axhline(50, color=ACCENT, linestyle="--", linewidth=1)
-        right.text(0.99, 51, "no difference", color=ACCENT, ha="right", transform=_right(right), fontsize=8)
-        right.bar([0], [100 * rate.value], width=0.5, color=AFTER)
-        right.errorbar([0], [100 * rate.value], yerr=spread, color="#1f2937", capsize=5, linewidth=1.3)
-        right.text(0, 100 * rate.high + 2, f"{100 * rate.value:.1f} %", ha="center", fontweight="bold")
-        right.set(
-            title=f"{after.name} preferred over {before.name}", ylabel="% of pairs", ylim=(0, 105), xlim=(-0.6, 0.6)
-        )
-        right.set_xticks([])
-        figure.savefig(file)
-        plt.close(figure)
+def _draw_rise(axes: Any, rounds: Sequence[RoundFigures], best_round: int) -> None:
+    """The judge's win rate (and the gold score's) of each round's version."""
+    numbers = [figures.number for figures in rounds]
+    for name in (GOLD, JUDGE):
+        if name not in rounds[-1].chosen.wins:
+            continue
+        wins = [figures.chosen.wins[name] for figures in rounds]
+        values = [100 * interval.value for interval in wins]
+        spread = [[100 * (w.value - w.low) for w in wins], [100 * (w.high - w.value) for w in wins]]
+        axes.errorbar(numbers, values, yerr=spread, capsize=3, **LOOKS[name])
+    lowest = min([50.0, *(100 * figures.chosen.wins[JUDGE].low for figures in rounds[1:])])
+    best = rounds[best_round]
+    axes.annotate(
+        "published\nas best",
+        (best.number, 100 * best.chosen.wins[JUDGE].low),
+        (0, -5),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        color=AFTER,
+        fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        zorder=2,
+    )
+    axes.axhline(50, color=ACCENT, linestyle=":", linewidth=1)
+    axes.set(title="Over rounds", xlabel="round", ylabel="% of answers better than SFT's", ylim=(lowest - 9, 102))
+    axes.set_xticks(numbers, ["SFT" if number == 0 else str(number) for number in numbers])
+    axes.set_xlim(-0.4, numbers[-1] + 0.4)
 
 
-def draw_reward_model(report: RoundReport, file: Path) -> None:
-    """Held-out accuracy by kind of ranking, with intervals, beside how well one rater knows the others."""
-    agreement = report.rater_agreement
-    with plt.rc_context(STYLE):
-        height = 1.7 + 0.5 * len(report.accuracies)
-        figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
-        names = [accuracy.name for accuracy in report.accuracies]
-        for row, accuracy in enumerate(report.accuracies):
-            rate = accuracy.interval
-            axes.plot(
-                [100 * rate.low, 100 * rate.high],
-                [row, row],
-                color=AFTER,
-                linewidth=5,
-                alpha=0.35,
-                solid_capstyle="round",
-            )
-            axes.plot([100 * rate.value], [row], "o", color=AFTER, markersize=7)
-            axes.annotate(
-                f"{100 * rate.value:.1f} %", (100 * rate.value, row), (0, 8), textcoords="offset points", ha="center"
-            )
-        axes.axvspan(100 * agreement.low, 100 * agreement.high, color=ACCENT, alpha=0.15, linewidth=0)
-        axes.axvline(
-            100 * agreement.value, color=ACCENT, linewidth=1.2, label="one rater against the mean of the others"
-        )
-        axes.axvline(50, color=BEFORE, linestyle="--", linewidth=1, label="chance")
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.4, -0.7)
-        axes.set_xlim(45, 100)
-        axes.set(title="Reward model: held-out pairs ordered as people do", xlabel="% of untied pairs, 95 % interval")
-        axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside lower right", ncols=2)
-        figure.savefig(file)
-        plt.close(figure)
-
-
-def _line(axes: Any, series: StageSeries, name: str, color: str, title: str, unit: str) -> None:
-    axes.set(title=title, ylabel=unit, xlabel="step")
-    values = series.values.get(name)
-    if values is None:
-        axes.text(0.5, 0.5, f"no metric {name}", ha="center", transform=axes.transAxes, color=BEFORE)
-        return
-    there = np.isfinite(values)
-    steps, values = series.steps[there], values[there]
-    window = max(1, len(values) // 25)
-    axes.plot(steps, values, color=color, alpha=0.3 if window > 1 else 1.0, linewidth=1 if window > 1 else 1.8)
-    if window > 1:
-        smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
-        axes.plot(steps[window - 1 :], smooth, color=color, linewidth=1.8)
-
-
-def _points(axes: Any, series: StageSeries, name: str, color: str, label: str) -> None:
-    values = series.values.get(name)
-    if values is not None and np.isfinite(values).any():
-        there = np.isfinite(values)
-        axes.plot(series.steps[there], values[there], "o-", color=color, markersize=4, linewidth=1.2, label=label)
-        axes.legend()
-
-
-def _right(axes: Any) -> Any:
-    """x as a share of the axes, y in the data's units."""
-    return axes.get_yaxis_transform()
+def _draw_frontier(axes: Any, figures: RoundFigures, reach: float, *, is_best: bool) -> None:
+    """Win rates of a round's checkpoints against their KL from SFT, which stands at the origin with 50 %."""
+    kl = [0.0, *(point.kl.k1_per_response.value for point in figures.points)]
+    for name in (REWARD, GOLD, JUDGE):
+        if name in figures.chosen.wins:
+            values = [50.0, *(100 * point.wins[name].value for point in figures.points)]
+            axes.plot(kl, values, label=LABELS[name], clip_on=False, zorder=3, **LOOKS[name])
+    chosen = figures.chosen
+    axes.plot(
+        [chosen.kl.k1_per_response.value],
+        [100 * chosen.wins[JUDGE].value],
+        marker="o",
+        markersize=11,
+        markerfacecolor="none",
+        markeredgecolor=AFTER,
+        linestyle="none",
+        zorder=4,
+    )
+    axes.axhline(50, color=ACCENT, linestyle=":", linewidth=1)
+    axes.set(title=f"Round {figures.number}" + (", the best" if is_best else ""), xlabel="KL from SFT, nats a response")
+    axes.set_xlim(0, reach)
+    axes.locator_params(axis="x", nbins=5)

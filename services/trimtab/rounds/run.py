@@ -11,7 +11,7 @@ from trimtab.rounds.journal import Journal, exclusive
 from trimtab.rounds.launchers.local import Supervisor
 from trimtab.rounds.pipeline import run_stages
 from trimtab.rounds.recipe import Recipe, RecipeError, check_unchanged, file_digest
-from trimtab.rounds.rounds_report import write_rounds_report
+from trimtab.rounds.report import write_rounds_report
 from trimtab.rounds.stages.context import RoundsContext, StageConfigs
 from trimtab.rounds.stages.plan import stage_names, stages
 from trimtab.rounds.stages.services import RoundServices, Services, Watch

@@ -21,15 +21,15 @@ from trimtab.labeling.labelers import add_labeler, find_labeler
 from trimtab.labeling.leases import next_task
 from trimtab.labeling.tables import Campaign
 from trimtab.labeling.vocabulary import Role
-from trimtab.rounds.duel import DuelPlan, Side
-from trimtab.rounds.duel_people import DuelError, people_wins
+from trimtab.rounds.duel.people import people_wins
+from trimtab.rounds.duel.plan import DuelError, DuelPlan, Side
 from trimtab.rounds.journal import Journal, exclusive
 from trimtab.rounds.ranking.people_source import PeopleSource
 from trimtab.rounds.ranking.source import AnswerSet, write_rows
 from trimtab.rounds.recipe import Recipe
-from trimtab.rounds.rounds_status import StageStatus, read_status
 from trimtab.rounds.stages.context import RoundsContext
 from trimtab.rounds.stages.ranking import run_rank, sets_file
+from trimtab.rounds.status import StageStatus, read_status
 from trimtab_client import Sampling
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trimtab.rounds.duel import Duel, DuelPlan, Side
-from trimtab.rounds.duel_people import DuelError, people_wins
-from trimtab.rounds.duel_report import verdict, write_duel_report
+from trimtab.rounds.duel.people import people_wins
+from trimtab.rounds.duel.plan import Duel, DuelError, DuelPlan, Side
+from trimtab.rounds.duel.report import verdict, write_duel_report
 from trimtab.rounds.evaluate import bootstrap_mean, win_rate
 from trimtab_client import Sampling
 

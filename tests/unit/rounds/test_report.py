@@ -7,18 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from trimtab.rounds.evaluate import Interval, KlSummary, TextSummary, win_rate
-from trimtab.rounds.report import (
+from trimtab.rounds.demo.figures import (
     Accuracy,
     Comparison,
+    DemoReport,
     PolicyFigures,
     PublishedVersion,
-    RoundReport,
     Sample,
     StageSeries,
     bars_of,
-    write_report,
 )
+from trimtab.rounds.demo.report import write_report
+from trimtab.rounds.evaluate import Interval, KlSummary, TextSummary, win_rate
 
 
 def series(stage: str, count: int, **columns: np.ndarray) -> StageSeries:
@@ -26,7 +26,7 @@ def series(stage: str, count: int, **columns: np.ndarray) -> StageSeries:
 
 
 @pytest.fixture
-def report() -> RoundReport:
+def report() -> DemoReport:
     chance = np.random.default_rng(0)
     before = 1 / (1 + np.exp(-chance.normal(0.2, 1.3, (243, 2))))
     after = 1 / (1 + np.exp(-chance.normal(1.4, 1.0, (243, 2))))
@@ -42,7 +42,7 @@ def report() -> RoundReport:
     )
     steps = np.arange(30)
     validation = np.where(steps % 10 == 9, 1.7 - 0.005 * steps, np.nan)
-    return RoundReport(
+    return DemoReport(
         title="Happier stories",
         facts=(("commit", "abc1234"), ("machine", "2 cores | no GPU")),
         timings=(("SFT", 61.2), ("PPO", 190.0)),

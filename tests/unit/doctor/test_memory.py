@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from trimtab.doctor import memory
+from trimtab.doctor.shapes import UnknownShapeError, shape_of
 from trimtab.generator.local.runner import ModelRunner
 from trimtab.models import attention, last_layer, norms, rotary
 from trimtab.models.packing import pack
 from trimtab.models.policy import body_forward
-from trimtab.rounds.doctor import memory
-from trimtab.rounds.doctor.shapes import UnknownShapeError, shape_of
 
 SCRIPT = Path(__file__).parent / "training_memory.py"
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -99,7 +99,7 @@ def test_the_kv_cache_grows_to_what_is_reckoned_and_no_further(tmp_path):
 
 
 def test_more_ranks_share_what_is_kept_and_not_what_passes():
-    from trimtab.rounds.doctor.shapes import ModelShape
+    from trimtab.doctor.shapes import ModelShape
 
     shape = ModelShape(10**9, 10**8, 2 * 10**7, 40, 2048, 16, 8, 128, 5504, 50_000, False, True, False, 4096)
     one, eight = (memory.trained_model(shape, memory.Setting(2, 8192, 2048, True, False, ranks)) for ranks in (1, 8))

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from trimtab.doctor.shapes import ModelShape
 from trimtab.kernels.chunked_torch import CHUNK_BYTES
 from trimtab.models.attention import SHORT_ON_CPU
-from trimtab.rounds.doctor.shapes import ModelShape
 from trimtab.trainer.stages import PpoConfig, RewardModelConfig, SftConfig, Stage
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

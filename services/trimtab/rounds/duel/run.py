@@ -1,89 +1,27 @@
 """Two models answer the same prompts, and a judge says how often the second is better: a scorer, or people.
 
 Each model is a folder, a hub id or a version of a store; a generator serves one after the other, so that memory need
-only hold one. `duel_report` lays the result out.
+only hold one. `report` lays the result out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trimtab.rounds.answers import draw
-from trimtab.rounds.duel_people import PEOPLE, TO_RANK, DuelError, people_wins
-from trimtab.rounds.evaluate import Interval, bootstrap_mean, distinct_n_in_groups, win_rate, words
+from trimtab.rounds.duel.people import PEOPLE, TO_RANK, people_wins
+from trimtab.rounds.duel.plan import Duel, DuelError, DuelPlan, Side
+from trimtab.rounds.evaluate import bootstrap_mean, win_rate
 from trimtab.rounds.launchers.local import Supervisor
 from trimtab.rounds.launchers.services import service_process
 from trimtab.rounds.ranking.source import read_json_rows, write_rows
 from trimtab.rounds.scorers import WirePrompt, open_scorer
-from trimtab_client import GeneratorClient, Sampling
-
-
-@dataclass(frozen=True)
-class DuelPlan:
-    """What to compare.
-
-    Attributes:
-        judge: a scorer (`scorers`), "people:FILE" (rankings of the pairs in to_rank.jsonl), or
-            "people:http://HOST:PORT/c/NAME": a campaign of the labeling page, made where it is not there.
-        folder: gets the answers, the pairs and the services' logs.
-        token_file: a lead's access token for that page.
-    """
-
-    first: str
-    second: str
-    prompts: tuple[WirePrompt, ...]
-    judge: str
-    sampling: Sampling
-    folder: Path
-    store: str
-    threads: int
-    token_file: Path | None = None
-
-
-@dataclass(frozen=True)
-class Side:
-    """What one model answered: `texts[p][s]` is sample s to prompt p.
-
-    Attributes:
-        served: the version or source that the generator named.
-        tokens: of each answer, [P, S]; ended: which ended by themselves.
-        scores_PS: the judge's; None where people judge.
-    """
-
-    source: str
-    served: str
-    texts: tuple[tuple[str, ...], ...]
-    tokens_PS: np.ndarray
-    ended_PS: np.ndarray
-    scores_PS: np.ndarray | None = None
-
-    @property
-    def distinct_2(self) -> float:
-        """Share of distinct word pairs in 16 answers to different prompts, averaged."""
-        return distinct_n_in_groups([words(row[0]) for row in self.texts], 2)
-
-
-@dataclass(frozen=True)
-class Duel:
-    """The result. `win_rate` is how often the second's answer is preferred, a tie counting half.
-
-    Attributes:
-        wins_P: the same for each prompt that was judged.
-        difference: mean of the judge's score, second less first; None where people judge.
-    """
-
-    plan: DuelPlan
-    first: Side
-    second: Side
-    win_rate: Interval
-    wins_P: np.ndarray
-    difference: Interval | None
+from trimtab_client import GeneratorClient
 
 
 def run_duel(plan: DuelPlan, say: Callable[[str], None]) -> Duel:

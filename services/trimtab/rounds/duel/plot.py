@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
 
-from trimtab.rounds.plots import ACCENT, AFTER, BEFORE, STYLE
-
-if TYPE_CHECKING:
-    from trimtab.rounds.duel import Duel
+from trimtab.rounds.duel.plan import Duel
+from trimtab.rounds.plot_style import ACCENT, AFTER, BEFORE, STYLE
 
 INK = "#1f2937"
 

@@ -6,16 +6,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from trimtab.doctor import memory
+from trimtab.doctor.devices import CPU, Device
+from trimtab.doctor.finding import Finding, failed, ok, skipped
+from trimtab.doctor.memory import Need
+from trimtab.doctor.plan import Plan, Planned
+from trimtab.doctor.shapes import ModelShape, UnknownShapeError, shape_of
 from trimtab.generator.config import GeneratorConfig
 from trimtab.reference.config import ReferenceConfig
 from trimtab.reward.config import RewardConfig
 from trimtab.reward.scorer_config import ModelSettings
-from trimtab.rounds.doctor import memory
-from trimtab.rounds.doctor.devices import CPU, Device
-from trimtab.rounds.doctor.finding import Finding, failed, ok, skipped
-from trimtab.rounds.doctor.memory import Need
-from trimtab.rounds.doctor.plan import Plan, Planned
-from trimtab.rounds.doctor.shapes import ModelShape, UnknownShapeError, shape_of
 from trimtab.trainer.stages import PpoConfig
 from trimtab.weights.store import Store
 

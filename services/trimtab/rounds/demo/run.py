@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab.rounds.compare import Comparison, Services, compare
+from trimtab.rounds.demo.comparison import Comparison, Services, compare
+from trimtab.rounds.demo.figures import Accuracy
+from trimtab.rounds.demo.reward_accuracy import reward_accuracies
 from trimtab.rounds.judge import Judge, SentenceEncoder
 from trimtab.rounds.launchers.local import Supervisor
 from trimtab.rounds.launchers.services import service_process
-from trimtab.rounds.report import Accuracy
-from trimtab.rounds.reward_accuracy import reward_accuracies
 from trimtab_client import GeneratorClient, ModelVersion, ReferenceClient, RewardClient, Sampling, TrainerClient
 from trimtab_client.v1 import trainer_pb2
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 
-from trimtab.rounds.compare import Samples
-from trimtab.rounds.demo import DemoResult
-from trimtab.rounds.evaluate import Interval
-from trimtab.rounds.report import (
+from trimtab.rounds.demo.comparison import Samples
+from trimtab.rounds.demo.figures import (
     Comparison,
+    DemoReport,
     PolicyFigures,
     PublishedVersion,
-    RoundReport,
     Sample,
     StageSeries,
     bars_of,
-    write_report,
 )
+from trimtab.rounds.demo.report import write_report
+from trimtab.rounds.demo.run import DemoResult
+from trimtab.rounds.evaluate import Interval
 
 SAMPLES_SHOWN = 8
 JUDGE = "logistic regression on all-MiniLM-L6-v2 sentence vectors, fitted to critics' labels of other sentences"
@@ -45,7 +45,7 @@ def write_demo_report(result: DemoResult) -> str:
     )
 
 
-def demo_report(result: DemoResult) -> RoundReport:
+def demo_report(result: DemoResult) -> DemoReport:
     """All that the page shows."""
     agreement = json.loads((result.folder / "data" / "manifest.json").read_text())["rater_agreement"]
     runs = result.folder / "runs"
@@ -56,7 +56,7 @@ def demo_report(result: DemoResult) -> RoundReport:
         kl=result.comparison.challenger.kl,
         judge=f"{JUDGE} (cross-validated accuracy {result.judge_accuracy:.3f})",
     )
-    return RoundReport(
+    return DemoReport(
         title="trimtab demo: a story model that people's ratings made more cheerful",
         facts=(
             ("policy", "stories260K, 260,032 parameters"),

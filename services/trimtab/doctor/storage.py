@@ -6,11 +6,11 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-from trimtab.rounds.doctor.finding import Finding, failed, ok, skipped
-from trimtab.rounds.doctor.memory import DTYPE_BYTES
-from trimtab.rounds.doctor.placement import in_gib
-from trimtab.rounds.doctor.plan import Plan, Planned
-from trimtab.rounds.doctor.shapes import UnknownShapeError, shape_of
+from trimtab.doctor.finding import Finding, failed, ok, skipped
+from trimtab.doctor.memory import DTYPE_BYTES
+from trimtab.doctor.placement import in_gib
+from trimtab.doctor.plan import Plan, Planned
+from trimtab.doctor.shapes import UnknownShapeError, shape_of
 from trimtab.trainer.config import TrainerConfig
 from trimtab.trainer.data import DataError
 from trimtab.trainer.data.source import HUB_ID, SUFFIXES, read_rows

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trimtab.models.tokenizers import load_tokenizer
+from trimtab.rounds.demo.figures import Accuracy
 from trimtab.rounds.evaluate import pair_accuracy
-from trimtab.rounds.report import Accuracy
 from trimtab.trainer.data import TokenizedRanking, load_rankings, tokenize_rankings
 from trimtab.weights.store import open_store
 from trimtab_client import ModelVersion, RaggedTokens, RewardClient

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from trimtab.rounds.doctor.devices import CPU, Device, devices_at_hand
-from trimtab.rounds.doctor.dry_step import dry_step
-from trimtab.rounds.doctor.finding import Finding, failed
-from trimtab.rounds.doctor.kernels import kernel_findings
-from trimtab.rounds.doctor.placement import memory_findings
-from trimtab.rounds.doctor.plan import Plan
-from trimtab.rounds.doctor.services import reach, running, same_tokens
-from trimtab.rounds.doctor.storage import data_findings, store_findings
+from trimtab.doctor.devices import CPU, Device, devices_at_hand
+from trimtab.doctor.dry_step import dry_step
+from trimtab.doctor.finding import Finding, failed
+from trimtab.doctor.kernels import kernel_findings
+from trimtab.doctor.placement import memory_findings
+from trimtab.doctor.plan import Plan
+from trimtab.doctor.services import reach, running, same_tokens
+from trimtab.doctor.storage import data_findings, store_findings
 from trimtab.weights.errors import StoreError
 from trimtab.weights.store import Store, open_store
 

@@ -7,23 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trimtab.rounds.duel.plan import DuelError, DuelPlan, Side
 from trimtab.rounds.ranking.file_source import FileSource
 from trimtab.rounds.ranking.people_source import PeopleSource
 from trimtab.rounds.ranking.source import AnswerSet, RankedSet, RankingSource, write_rows
 
-if TYPE_CHECKING:
-    from trimtab.rounds.duel import DuelPlan, Side
-
 PEOPLE = "people:"
 TO_RANK = "to_rank.jsonl"
-
-
-class DuelError(ValueError):
-    """The two cannot be compared as asked; the message says what to change."""
 
 
 def people_wins(plan: DuelPlan, first: Side, second: Side) -> np.ndarray:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from trimtab.doctor.devices import CPU
+from trimtab.doctor.finding import Finding, failed, ok, skipped
 from trimtab.kernels.backends import backend_for
 from trimtab.kernels.selfcheck import KernelMismatchError, check_training_kernels
-from trimtab.rounds.doctor.devices import CPU
-from trimtab.rounds.doctor.finding import Finding, failed, ok, skipped
 
 
 def kernel_findings(wanted: set[str], there: set[str]) -> list[Finding]:

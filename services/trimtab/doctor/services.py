@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from trimtab.doctor.finding import Finding, failed, ok, skipped
+from trimtab.doctor.plan import Plan
 from trimtab.models.errors import ModelLoadError
 from trimtab.models.tokenizers import load_tokenizer, tokenizer_digest
-from trimtab.rounds.doctor.finding import Finding, failed, ok, skipped
-from trimtab.rounds.doctor.plan import Plan
 from trimtab.rounds.launchers.process import port_is_free
 from trimtab.trainer.stages import PpoConfig
 from trimtab.weights.errors import StoreError

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from trimtab.doctor import memory, shapes
 from trimtab.models.policy import Policy
-from trimtab.rounds.doctor import memory, shapes
 from trimtab.trainer.forward import prepare_for_training
 from trimtab.trainer.optimizer import MasterWeightOptimizer, masters_of
 from trimtab.trainer.ppo.experience import Episode, gather_experience

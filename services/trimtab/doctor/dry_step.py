@@ -14,10 +14,10 @@ from itertools import islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.doctor.finding import Finding, failed, ok, skipped
+from trimtab.doctor.plan import Plan
 from trimtab.models.errors import ModelLoadError
 from trimtab.models.tokenizers import decode, encode_prompt, load_tokenizer, tokenizer_digest
-from trimtab.rounds.doctor.finding import Finding, failed, ok, skipped
-from trimtab.rounds.doctor.plan import Plan
 from trimtab.trainer.data import DataError, load_prompts, tokenize_prompts
 from trimtab.trainer.ppo.experience import Episode, gather_experience
 from trimtab.trainer.ppo.update import PpoUpdate

@@ -6,19 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from trimtab.rounds.duel.plan import Duel, Side
 from trimtab.rounds.markdown import quoted, table
-
-if TYPE_CHECKING:
-    from trimtab.rounds.duel import Duel, Side
 
 SAMPLES_SHOWN = 12
 
 
 def write_duel_report(duel: Duel) -> Path:
     """Write the page, the picture and the numbers into the comparison's folder; returns the path of report.md."""
-    from trimtab.rounds.duel_plot import draw_duel
+    from trimtab.rounds.duel.plot import draw_duel
 
     folder = duel.plan.folder
     folder.mkdir(parents=True, exist_ok=True)
