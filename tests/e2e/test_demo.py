@@ -13,9 +13,9 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from trimtab.labeling.client import LabelingClient, UnreachableError
 from trimtab.rounds.launchers.services import free_ports
 from trimtab.weights.store import open_store
+from trimtab_client import LabelingClient, Unavailable
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = 40
@@ -92,7 +92,7 @@ def people_can_rank_the_demos_policy(folder: Path) -> None:
 
 
 def _progress(client: LabelingClient) -> dict[str, int]:
-    with suppress(UnreachableError):
+    with suppress(Unavailable):
         return client.progress("try")
     return {}
 

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
         AsyncGeneratorClient,
         GeneratorClient,
     )
+    from trimtab_client.labeling import (
+        LabelingClient,
+    )
     from trimtab_client.messages import (
         Completion,
         LogProbs,
@@ -93,6 +96,7 @@ _MODULES = {
     "errors": "AlreadyExists Cancelled DataLoss DeadlineExceeded FailedPrecondition Internal InvalidArgument NotFound "
     "PermissionDenied ResourceExhausted TrimtabError Unauthenticated Unavailable",
     "generator": "AsyncGeneratorClient GeneratorClient",
+    "labeling": "LabelingClient",
     "messages": "Completion LogProbs ModelInfo PartScores RunStatus Sample Sampling ScorerInfo Scores StepMetrics "
     "VersionRun",
     "models": "AsyncModelClient ModelClient",
@@ -123,6 +127,7 @@ __all__ = [
     "GeneratorClient",
     "Internal",
     "InvalidArgument",
+    "LabelingClient",
     "LogProbs",
     "ModelClient",
     "ModelInfo",

@@ -31,6 +31,7 @@ ROLES = {
     "/dashboard/events": "train",
     "/dashboard/samples": "train",
     "/dashboard/versions": "train",
+    "/dashboard/people": "train",
     "/dashboard/answer": "generate",
     "/dashboard/roll-back": "admin",
 }

@@ -25,6 +25,10 @@ class GatewayConfig(ServiceConfig):
     reward: str | None = Field(default=None, description="HOST:PORT of the reward service; several by commas.")
     generator: str | None = Field(default=None, description="HOST:PORT of the generator; several by commas.")
     trainer: str | None = Field(default=None, description="HOST:PORT of the trainer that the dashboard shows.")
+    labeling: str | None = Field(
+        default=None, description="http(s)://HOST:PORT of the labeling page; the dashboard shows what people prefer."
+    )
+    labeling_token_file: Path | None = Field(default=None, description="File with a lead's access token for it.")
     reward_names: tuple[str, ...] = Field(
         default=("reward",), min_length=1, description="Names by which callers may ask for the reward model."
     )
@@ -59,6 +63,10 @@ class GatewayConfig(ServiceConfig):
             raise ValueError("reward: give the address of a reward service, a `generator` or a `trainer`, or all")
         if set(self.reward_names) & set(self.generator_names):
             raise ValueError("generator_names: a name cannot stand for both the policy and the reward model")
+        if self.labeling is not None and not self.labeling.startswith(("http://", "https://")):
+            raise ValueError("labeling: give the page's whole address, http://HOST:PORT or https://HOST:PORT")
+        if (self.labeling is None) != (self.labeling_token_file is None):
+            raise ValueError("labeling_token_file: labeling and labeling_token_file must be given together")
         if (self.upstream_cert is None) != (self.upstream_key is None):
             raise ValueError("upstream_key: upstream_cert and upstream_key must be given together")
         if self.timeout_s > self.max_timeout_s:

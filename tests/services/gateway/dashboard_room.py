@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 import yaml
 
+from tests.services.gateway.judged_comparison import judged_comparison
 from tests.services.test_commands import ENV, MODEL, TRIMTAB, trimtab, wait_for
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
@@ -56,8 +57,11 @@ def open_room(folder: Path, steps: int) -> Iterator[Room]:
     for section in sections.values():
         section |= {"port": next(ports), "metrics_port": next(ports)}
     path = folder / "up.yaml"
-    path.write_text(yaml.safe_dump({"folder": str(folder / "logs"), "store": str(folder / "store"), **sections}))
-    with running_up(path, len(sections)):
+    with ExitStack() as stack:
+        labeling, token_file = stack.enter_context(judged_comparison(folder, wins=7, losses=3))
+        sections["gateway"] |= {"labeling": labeling, "labeling_token_file": str(token_file)}
+        path.write_text(yaml.safe_dump({"folder": str(folder / "logs"), "store": str(folder / "store"), **sections}))
+        stack.enter_context(running_up(path, len(sections)))
         addresses = {name: f"127.0.0.1:{section['port']}" for name, section in sections.items()}
         train(folder, addresses, steps)
         url = f"http://127.0.0.1:{sections['gateway']['http_port']}"

@@ -28,6 +28,7 @@ SCREENS = {
     "charts": ("watcher", "", drawn),
     "samples": ("root", "/samples", None),
     "samples-value": ("root", "/samples?every=1", by_value),
+    "people": ("watcher", "/people", None),
     "versions": ("root", "/versions", None),
     "versions-sure": ("root", "/versions", lambda page: page.locator(".roll-back").first.click()),
     "sign-in": (None, "/sign-in", None),

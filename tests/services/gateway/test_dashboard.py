@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +18,8 @@ from trimtab_client import TrainerClient
 
 STEPS = 3
 HTML = {"accept": "text/html"}
-PATHS = ("", "/samples", "/samples?every=1", "/versions", "/sign-in")
+SEEN = ("", "/events", "/samples", "/people", "/versions")
+PATHS = ("", "/samples", "/samples?every=1", "/people", "/versions", "/sign-in")
 needs_browser = pytest.mark.skipif(
     chromium_path() is None, reason="no Chromium: apt-get install chromium, or CHROMIUM=…"
 )
@@ -46,9 +48,7 @@ def test_who_is_not_signed_in_is_sent_to_the_form_and_other_roles_are_refused(ro
         assert (turned.status_code, turned.headers["location"]) == (303, "/dashboard/sign-in")
         assert stranger.get("/dashboard/events").status_code == 401
         assert stranger.get("/dashboard/sign-in", headers=HTML).status_code == 200
-        assert {scorer.get(f"/dashboard{path}").status_code for path in ("", "/events", "/samples", "/versions")} == {
-            403
-        }
+        assert {scorer.get(f"/dashboard{path}").status_code for path in SEEN} == {403}
         assert watcher.get("/dashboard").status_code == 200
         refused = stranger.post("/dashboard/session", json={"token": "tt_no_such"})
         assert refused.status_code == 401 and "set-cookie" not in refused.headers
@@ -92,6 +92,15 @@ def test_a_sample_has_the_sft_answer_beside_it_and_numbers_of_every_token(room: 
         page = client.get("/dashboard/samples").text
     assert page.count('data-answer="sft"') == page.count('data-answer="current"') == len(PROMPTS)
     assert 'data-kl="' in page and 'data-value="' in page
+
+
+def test_the_win_rate_that_people_gave_is_shown_with_its_interval(room: Room) -> None:
+    with http(room, "watcher") as client:
+        page = client.get("/dashboard/people").text
+    for text in ("PPO or SFT?", "kind-stories/policy@3", "kind-stories/policy@1", "70.0 %", "7 / 0 / 3"):
+        assert text in page, text
+    low, high = map(float, re.findall(r"aria-label=\"([\d.]+) % to ([\d.]+) %", page)[0])
+    assert 0 < low < 70 < high <= 100
 
 
 def test_an_admin_alone_moves_the_pointer(room: Room) -> None:

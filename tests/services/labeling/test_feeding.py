@@ -10,7 +10,6 @@ import pytest
 
 from tests.services.labeling.browser import start_server
 from trimtab.labeling.campaigns import CampaignPlan, SamplingPlan, Source, create_campaign, find_campaign
-from trimtab.labeling.client import LabelingClient
 from trimtab.labeling.database import Database
 from trimtab.labeling.feeding import Feeder, FeedError, feed_campaign
 from trimtab.labeling.importing import import_rows
@@ -22,6 +21,7 @@ from trimtab.labeling.vocabulary import Kind, Role, TaskState
 from trimtab.rounds.launchers.local import Supervisor
 from trimtab.rounds.launchers.services import service_process
 from trimtab.weights.store import open_store
+from trimtab_client import LabelingClient
 
 OLD, NEW = "run/policy@1", "run/policy@2"
 COUNT = 36  # more than one batch

@@ -14,7 +14,6 @@ from sqlalchemy import delete
 
 from tests.services.labeling.browser import start_server
 from trimtab.labeling.campaigns import change_campaign, find_campaign
-from trimtab.labeling.client import LabelingClient
 from trimtab.labeling.database import Database
 from trimtab.labeling.judgments import Draft, submit
 from trimtab.labeling.labelers import add_labeler, find_labeler
@@ -30,7 +29,7 @@ from trimtab.rounds.recipe import Recipe
 from trimtab.rounds.stages.context import RoundsContext
 from trimtab.rounds.stages.ranking import run_rank, sets_file
 from trimtab.rounds.status import StageStatus, read_status
-from trimtab_client import Sampling
+from trimtab_client import LabelingClient, Sampling
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SETS = [AnswerSet(f"s-r1-{i}", f"p{i} \u2028", tuple("abcd"), (True, True, False, True)) for i in range(3)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from trimtab.gateway.access import Gate
-from trimtab.gateway.dashboard import events, pages, samples, session, versions
+from trimtab.gateway.dashboard import events, pages, people, samples, session, versions
 from trimtab.gateway.dashboard.door import Door
 from trimtab.gateway.room import Room
 
@@ -18,5 +18,5 @@ def add_to(app: FastAPI, room: Room, gate: Gate) -> None:
     app.state.gate = gate
     app.state.versions = versions.VersionShelf(room.config)
     app.add_middleware(Door)
-    for module in (pages, session, events, samples, versions):
+    for module in (pages, session, events, samples, people, versions):
         app.include_router(module.router)

@@ -1,4 +1,4 @@
-"""The three pages (charts, samples, versions), the sign-in page, and the files that they load."""
+"""The pages (charts, samples, people, versions), the sign-in page, and the files that they load."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from trimtab.rounds.duel.plan import DuelError, DuelPlan, Side
 from trimtab.rounds.ranking.file_source import FileSource
 from trimtab.rounds.ranking.people_source import PeopleSource
 from trimtab.rounds.ranking.source import AnswerSet, RankedSet, RankingSource, write_rows
+from trimtab_client import LabelingClient
 
 PEOPLE = "people:"
 TO_RANK = "to_rank.jsonl"
@@ -49,8 +50,6 @@ def _source(
         raise DuelError(f"--judge: {where} names no campaign; people:http://HOST:PORT/c/NAME does")
     if plan.token_file is None:
         raise DuelError("--token-file: the page asks for a lead's access token; `trimtab label labeler add` makes one")
-    from trimtab.labeling.client import LabelingClient
-
     names = (first.served, second.served)
     if names[0] == names[1]:
         names = (f"A {names[0]}", f"B {names[1]}")

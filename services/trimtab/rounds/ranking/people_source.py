@@ -8,9 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trimtab.labeling.client import LabelingClient, UnreachableError
-from trimtab.labeling.errors import ConflictError
 from trimtab.rounds.ranking.source import AnswerSet, Collected, RankedSet
+from trimtab_client import AlreadyExists, LabelingClient, Unavailable
 
 FEWEST_SETS = 2  # one to train on, one to check on
 
@@ -45,7 +44,7 @@ class PeopleSource:
 
     def offer(self, sets: Sequence[AnswerSet], offered: Path) -> None:
         """Make the campaign with the sets as tasks; what is there already stays."""
-        with suppress(UnreachableError):  # `poll` offers again
+        with suppress(Unavailable):  # `poll` offers again
             self._offer(sets)
 
     def poll(self, sets: Sequence[AnswerSet]) -> Collected:
@@ -55,7 +54,7 @@ class PeopleSource:
                 self._offer(sets)
             rankings = self._rankings(sets)
             is_closed = self._client.campaign(self._campaign)["state"] == "closed"
-        except UnreachableError as error:
+        except Unavailable as error:
             return Collected((), str(error))
         counts: dict[str, int] = defaultdict(int)
         for ranked in rankings:
@@ -70,7 +69,7 @@ class PeopleSource:
         )
 
     def _offer(self, sets: Sequence[AnswerSet]) -> None:
-        with suppress(ConflictError):  # an earlier attempt made it
+        with suppress(AlreadyExists):  # an earlier attempt made it
             asked = {"responses_per_task": len(sets[0].responses)} if self._versions is None else {"kind": "comparison"}
             self._client.create_campaign(self._plan | asked)
         self._client.add_rows(self._campaign, [self._row(answers) for answers in sets])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from trimtab.labeling.client import LabelingClient
 from trimtab.rounds.answers import draw, read_prompts
 from trimtab.rounds.journal import StageResult
 from trimtab.rounds.ranking.file_source import FileSource
@@ -25,7 +24,7 @@ from trimtab.rounds.ranking.source import (
 from trimtab.rounds.recipe import FileRanking, PeopleRanking, SimulatedRanking
 from trimtab.rounds.stages.context import RoundsContext, write_version
 from trimtab.runtime.caller import channel_options
-from trimtab_client import GeneratorClient
+from trimtab_client import GeneratorClient, LabelingClient
 
 TRAIN, HELD_OUT = "train", "held_out"
 

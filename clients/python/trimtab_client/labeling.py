@@ -1,42 +1,62 @@
-"""A client of the labeling server's REST API, for rounds and scripts. Only the standard library; no database."""
+"""A client of the labeling server's REST API: campaigns, their tasks, what people judged. Only the standard library."""
 
 from __future__ import annotations
 
 import json
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from trimtab.labeling.errors import ConflictError, LabelingError
+from trimtab_client.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    TrimtabError,
+    Unauthenticated,
+    Unavailable,
+)
 
 NDJSON = "application/x-ndjson"
-
-
-class UnreachableError(LabelingError):
-    """The labeling server does not answer, or cannot work now: ask again later."""
-
-
-class RefusedError(LabelingError):
-    """The labeling server refused a call; the message is its own."""
+ERRORS: dict[int, tuple[type[TrimtabError], str]] = {
+    401: (Unauthenticated, "UNAUTHENTICATED"),
+    403: (PermissionDenied, "PERMISSION_DENIED"),
+    404: (NotFound, "NOT_FOUND"),
+    409: (AlreadyExists, "ALREADY_EXISTS"),
+    422: (InvalidArgument, "INVALID_ARGUMENT"),
+}
 
 
 class LabelingClient:
-    """Calls of one server with one person's access token. Each raises UnreachableError or RefusedError.
+    """Calls of one server with one person's access token.
+
+    Each raises a TrimtabError: Unavailable where the server does not answer or cannot work now (ask again later),
+    AlreadyExists, NotFound, InvalidArgument and so on where it refuses, with its own words.
 
     Args:
-        address: "http://host:port".
+        address: "http://host:port" or "https://host:port".
+        timeout_s: of each call.
+        ca_file: PEM authorities to believe instead of the system's.
     """
 
-    def __init__(self, address: str, token: str, *, timeout_s: float = 60.0) -> None:
+    def __init__(self, address: str, token: str, *, timeout_s: float = 60.0, ca_file: Path | None = None) -> None:
         self.address = address.rstrip("/")
         self._token = token
         self._timeout_s = timeout_s
+        self._tls = ssl.create_default_context(cafile=ca_file) if self.address.startswith("https:") else None
 
     def create_campaign(self, plan: Mapping[str, Any]) -> None:
-        """Make a campaign of the fields that the API names. ConflictError where the name is taken."""
+        """Make a campaign of the fields that the API names. AlreadyExists where the name is taken."""
         self._call("POST", "/campaigns", json.dumps(plan).encode(), "application/json")
+
+    def campaigns(self) -> list[dict[str, Any]]:
+        """All campaigns, the newest first."""
+        return self._json("GET", "/campaigns")
 
     def campaign(self, name: str) -> dict[str, Any]:
         """A campaign's settings and state."""
@@ -69,19 +89,21 @@ class LabelingClient:
             headers["content-type"] = content_type
         request = urllib.request.Request(f"{self.address}/api/v1{path}", body, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:
+            with urllib.request.urlopen(request, timeout=self._timeout_s, context=self._tls) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
             raise _refusal(self.address, error) from None
         except OSError as error:
-            raise UnreachableError(f"{self.address} does not answer: {getattr(error, 'reason', error)}") from None
+            reason = getattr(error, "reason", error)
+            raise Unavailable("UNAVAILABLE", f"{self.address} does not answer: {reason}") from None
 
 
-def _refusal(address: str, error: urllib.error.HTTPError) -> LabelingError:
+def _refusal(address: str, error: urllib.error.HTTPError) -> TrimtabError:
     try:
         message = str(json.loads(error.read())["error"]["message"])
     except (ValueError, KeyError, TypeError):
         message = f"HTTP {error.code}"
     if error.code >= 500:
-        return UnreachableError(f"{address}: {message}")
-    return ConflictError(message) if error.code == 409 else RefusedError(f"{address}: {message}")
+        return Unavailable("UNAVAILABLE", f"{address}: {message}")
+    kind, code = ERRORS.get(error.code, (FailedPrecondition, "FAILED_PRECONDITION"))
+    return kind(code, f"{address}: {message}")
