@@ -1,6 +1,7 @@
 """The launcher of rounds on Kubernetes, through the official client, against a real HTTP server that speaks the API."""
 
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -392,6 +393,8 @@ def test_a_run_calls_services_by_name_for_their_pods_come_and_go(world, tmp_path
 
 def test_names_of_jobs_are_names_that_kubernetes_takes():
     assert job_name("stories-r1-ppo") == "stories-r1-ppo"
-    long = job_name("Stories_With.A-very-long-name-of-a-recipe-r12-reward-attempt2")
-    assert len(long) <= 52 and long == long.lower() and "_" not in long and "." not in long
     assert job_name("a_b") != job_name("a-b")
+    long = "Stories_With.A-very-long-name-of-a-recipe-r12-reward-attempt2"
+    for run_id in (long, "a" * 41, "a" * 60, "2026-11-stories", "-x", "_", "Ä"):
+        pod_of_a_jobset = f"{job_name(run_id)}-rank-0-999-abcde"
+        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", pod_of_a_jobset) and len(pod_of_a_jobset) <= 63, run_id

@@ -118,3 +118,10 @@ def test_requests_and_limits_are_set_for_all(installation, pod):
     assert pod.spec["priorityClassName"] in {
         found["metadata"]["name"] for found in find(rendered(installation), "PriorityClass")
     }
+
+
+@pytest.mark.parametrize(("installation", "pod"), every_pod())
+def test_an_image_that_a_node_was_given_is_not_asked_for_again(installation, pod):
+    """Without a tag the default is "Always": nodes that were handed the images would still look for a registry."""
+    for one in pod.containers:
+        assert one["image"] not in OURS or one["imagePullPolicy"] == "IfNotPresent"

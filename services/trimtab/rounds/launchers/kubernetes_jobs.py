@@ -31,14 +31,20 @@ RUN_FOLDER = "/etc/trimtab/run"
 JOBSET = ("jobset.x-k8s.io", "v1alpha2")
 KEEP_ENDED_S = 7 * 24 * 3600  # what a launcher that never came back has left, the cluster removes
 GONE_S = 600.0
+LONGEST_NAME = 63 - len("-rank-0-999-abcde")  # a label is 63 long; JobSet's pods add this much
 
 Plain = dict[str, Any]
 
 
 def job_name(run_id: str) -> str:
-    """A run's name as Kubernetes takes it: a DNS label, unique where something had to be changed."""
-    plain = re.sub(r"[^a-z0-9]+", "-", run_id.lower()).strip("-")[:40].strip("-")
-    return plain if plain == run_id else f"{plain or 'run'}-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}"
+    """A run's name as Kubernetes and JobSet take it: a DNS label that begins with a letter, short enough for what its
+    pods' names add to it, and unique where something had to be changed."""
+    plain = re.sub(r"[^a-z0-9]+", "-", run_id.lower()).strip("-")
+    plain = plain if plain[:1].isalpha() else f"run-{plain}".strip("-")
+    if plain == run_id and len(plain) <= LONGEST_NAME:
+        return plain
+    digest = hashlib.sha256(run_id.encode()).hexdigest()[:8]
+    return f"{plain[: LONGEST_NAME - 9].strip('-')}-{digest}"
 
 
 def run_digest(run: RunFile) -> str:
