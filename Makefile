@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.trimtab-installed
 PYTEST_ARGS ?=
 # Two processes, a file to each, in order: the long ones of tests/e2e begin. -rs tells why a test was skipped.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs \
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=15 \
 	--cov --cov-report=term:skip-covered
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -18,8 +18,8 @@ install: $(STAMP)      ## .venv with trimtab, its client and every tool, pinned 
 
 $(STAMP): constraints.txt pyproject.toml clients/python/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -qq -c constraints.txt -e clients/python -e '.[dev]'
+	$(BIN)/python -m pip install -qq --no-compile -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -qq --no-compile -c constraints.txt -e clients/python -e '.[dev]'
 	touch $(STAMP)
 
 lint: install          ## ruff, pyright, import-linter
