@@ -1,6 +1,6 @@
 """One PPO update, trimtab beside TRL's last PPOTrainer: the same models, prompts, lengths, cores, in one run, in turn.
 
-    python -m benchmarks.ppo_step --peer-env ~/trl-env --out ppo.json
+    python -m benchmarks.ppo_step --peer-env ~/trl-env --out ppo.json --plot ppo.png
     python -m benchmarks.ppo_step --peer-python ~/trl-env/bin/python --dtypes float32 --cases ragged
 
 It prints each side's seconds by stage, their ratio, and the share of the machine's own matrix-multiplication rate that
@@ -28,6 +28,7 @@ from benchmarks.gemm import GemmRate, measure_apart, training_flops
 from benchmarks.machine import describe_machine, wait_until_quiet
 from benchmarks.models import Work, WorkFolder, write_work
 from benchmarks.peers.environment import ensure_environment
+from benchmarks.ppo_step_plot import draw
 from benchmarks.ppo_trimtab import run_trimtab
 from benchmarks.ppo_trl import REQUIREMENTS, run_trl
 from benchmarks.sides import COMPARED, PARTS_OF_EXPERIENCE, STAGES, Case, SideRun, medians
@@ -127,6 +128,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trainer-env", nargs="*", default=[], metavar="NAME=VALUE", help="for our trainer process")
     parser.add_argument("--folder", type=Path, help="keep models, logs and runs here; else they are thrown away")
     parser.add_argument("--out", type=Path, help="JSON with every figure")
+    parser.add_argument("--plot", type=Path, help="PNG with the stages of each side")
     return parser.parse_args()
 
 
@@ -176,6 +178,8 @@ def main() -> None:
                 show(console, results[-1])
                 if options.out:
                     write_report(options.out, folder.work, results)
+                if options.plot:
+                    draw([(result.case, result.seconds) for result in results], options.plot)
 
 
 if __name__ == "__main__":
