@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.trimtab-installed
 PYTEST_ARGS ?=
-# Two processes, a file to each, in order: the long ones of tests/e2e begin. -rs tells why a test was skipped.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=15 \
+# Three processes, since much of it waits for services to start; a file to each, in order: the long ones of tests/e2e
+# begin. -rs tells why a test was skipped.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -rs --durations=15 \
 	--cov --cov-report=term:skip-covered
 export PATH := $(abspath $(BIN)):$(PATH)
 

@@ -314,7 +314,7 @@ async def test_ppo_runs_against_real_services_and_publishes_every_step(make_tiny
     assert {"seconds_generate", "wait_share_score", "tokens_per_second_train", "beta"} <= first.keys()
 
 
-@pytest.mark.parametrize("advantage", ["gae", "group"])
+@pytest.mark.parametrize("advantage", ["gae", pytest.param("group", marks=pytest.mark.slow)])
 async def test_a_bandit_with_a_known_optimum_converges_to_it(make_tiny, tmp_path, advantage):
     model = make_tiny("policy")
     async with serving_all(model, tmp_path) as (client, addresses), AsyncGeneratorClient(addresses[0]) as generator:

@@ -60,6 +60,7 @@ def test_wrong_settings_are_42_and_a_failed_run_is_1(folder):
     assert "no such file" in (folder / "log").read_text()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_evicted_says_so_and_the_next_one_goes_on(folder):
     first = start(folder, epochs=40)
     deadline = time.monotonic() + 120

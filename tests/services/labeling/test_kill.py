@@ -10,6 +10,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
+import pytest
 from sqlalchemy import select
 
 from tests.services.labeling.browser import start_server
@@ -80,6 +81,7 @@ def hand_out(database: Database) -> list[list[int]]:
     return handed
 
 
+@pytest.mark.parametrize("database_url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
 def test_every_acknowledged_ranking_is_there_once_after_sigkill(database_url, now):
     database = Database(database_url)
     database.migrate()
