@@ -99,6 +99,8 @@ def test_settings_are_accepted_and_listen_where_the_pod_says(installation, pod, 
         assert settings.device == ("cuda" if installation.overlay == "gpu" else "cpu")
         assert (settings.tls_client_ca is not None) == (installation.overlay == "gpu")
         assert settings.auth.is_open == (installation.overlay == "dev")
+        behind_ingress = pod.name == "reward" and "ingress" in installation.components
+        assert (settings.auth.keys_file is not None) == behind_ingress
     if pod.name == "trainer":
         assert (settings.services.options().tls is not None) == (installation.overlay == "gpu")
 

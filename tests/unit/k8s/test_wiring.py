@@ -1,5 +1,8 @@
 """What one object says of another is so: selectors, ports, names of ConfigMaps, Secrets, claims and accounts."""
 
+import json
+from fnmatch import fnmatchcase
+
 import pytest
 
 from tests.unit.k8s.manifests import installations, label, matches, pods, rendered
@@ -83,6 +86,22 @@ def test_routes_lead_to_ports_of_services_that_are_there(installation):
 
 
 @pytest.mark.parametrize("installation", installations(), ids=label)
+def test_the_ingress_shows_reward_a_certificate_that_opens_nothing_and_callers_show_keys(installation):
+    objects = rendered(installation)
+    for gateway in find(objects, "Gateway"):
+        shown = gateway["spec"]["tls"]["backend"]["clientCertificateRef"]["name"]
+        (certificate,) = [one for one in find(objects, "Certificate") if one["spec"]["secretName"] == shown]
+        assert certificate["spec"]["usages"] == ["client auth"]
+        (settings,) = [one for one in find(objects, "ConfigMap") if "callers" in one["data"]]
+        patterns = json.loads(settings["data"]["callers"])["certificates"]
+        assert not any(fnmatchcase(name, p) for name in certificate["spec"]["dnsNames"] for p in patterns)
+        (reward,) = [pod for pod in pods(objects) if pod.owner == "Deployment/reward"]
+        variables = {one["name"]: one.get("value") for one in reward.containers[0]["env"]}
+        mounts = {one["mountPath"]: one["name"] for one in reward.containers[0]["volumeMounts"]}
+        assert variables["TRIMTAB_AUTH__KEYS_FILE"].rpartition("/")[0] in mounts
+
+
+@pytest.mark.parametrize("installation", installations(), ids=label)
 def test_certificates_name_the_services_that_carry_them(installation):
     objects = rendered(installation)
     wanted = {
@@ -109,5 +128,5 @@ def test_the_pods_of_all_owners_are_hardened_alike(installation):
         own, model = pod.spec["containers"][0], first.spec["containers"][0]
         assert pod.spec["securityContext"] == first.spec["securityContext"]
         assert own["securityContext"] == model["securityContext"]
-        homes = [variable for variable in model["env"] if "value" in variable and variable["name"] != "TRIMTAB_ENGINE"]
+        homes = [one for one in model["env"] if "value" in one and not one["name"].startswith("TRIMTAB_")]
         assert [variable for variable in homes if variable not in own["env"]] == [], pod.owner
