@@ -57,13 +57,15 @@ def deploy(
         raise typer.Exit(1 if fatal else 0)
     if fatal:
         raise CommandError("the cluster lacks what is listed above; --check lists it again")
-    changes = kubectl.diff(text, force=force) if _has_namespace(kubectl, objects) else f"{len(objects)} new objects\n"
+    changes, anew = _changes(kubectl, objects, force)
     console.print(changes or "nothing changes")
     if diff_only:
         return
     if changes:
         if not yes and not typer.confirm("Apply?"):
             raise typer.Exit(1)
+        if anew:
+            kubectl.delete(yaml.safe_dump_all(anew))
         for line in kubectl.apply(text, force=force):
             console.print(line)
     _wait(console, kubectl, objects, timeout_s)
@@ -89,9 +91,20 @@ def _check(console: Console, kubectl: Kubectl, objects: list[Object]) -> bool:
     return any(finding.fatal for finding in findings)
 
 
-def _has_namespace(kubectl: Kubectl, objects: list[Object]) -> bool:
-    name = objects[0]["metadata"]["name"]
-    return any(one["metadata"]["name"] == name for one in kubectl.get("namespaces"))
+def _changes(kubectl: Kubectl, objects: list[Object], force: bool) -> tuple[str, list[Object]]:
+    """What applying would change, and the objects that have to be removed first."""
+    import yaml
+
+    from trimtab.deploy.render import name_of
+    from trimtab.deploy.templates import made_anew
+
+    namespace = objects[0]["metadata"]["name"]
+    if not any(one["metadata"]["name"] == namespace for one in kubectl.get("namespaces")):
+        return f"{len(objects)} new objects\n", []
+    anew = made_anew(kubectl, objects, force=force)
+    text = yaml.safe_dump_all([one for one in objects if one not in anew], sort_keys=False)
+    told = "".join(f"{name_of(one)} is made anew: it cannot be changed\n" for one in anew)
+    return kubectl.diff(text, force=force) + told, anew
 
 
 def _wait(console: Console, kubectl: Kubectl, objects: list[Object], timeout_s: float) -> None:

@@ -68,6 +68,12 @@ class Kubectl:
             raise KubectlError(_words(found.stderr))
         return found.stdout.splitlines()
 
+    def delete(self, text: str) -> None:
+        """Delete objects, and wait until they are gone; one that is not there is fine."""
+        found = self._run(["delete", "--ignore-not-found", "-f", "-"], text, APPLY_TIMEOUT_S)
+        if found.returncode:
+            raise KubectlError(_words(found.stderr))
+
     def _run(
         self, args: Sequence[str], text: str | None = None, timeout_s: float = CALL_TIMEOUT_S
     ) -> subprocess.CompletedProcess[str]:

@@ -41,6 +41,7 @@ class ClusterApi:
         self.objects: dict[tuple[str, str, str, str], Object] = {}
         self.owners: dict[tuple[str, str, str, str], dict[str, str]] = {}
         self.controller: Callable[[Object], None] = lambda one: None
+        self.immutable: set[str] = set()
         self.lock = threading.Lock()
 
     def put(self, one: Object) -> None:
@@ -61,6 +62,8 @@ class ClusterApi:
             found = self.objects.get(key)
             owners = dict(self.owners.get(key, {}))
             before, wanted = dict(_leaves(found or {})), dict(_leaves(body))
+            if found and body["kind"] in self.immutable and found["spec"] != body["spec"]:
+                raise PermissionError(f"{body['kind']} {body['metadata']['name']} is invalid: field is immutable")
             for path, value in wanted.items():
                 other = owners.get(path)
                 if other not in (None, manager) and before.get(path) != value and not force:
@@ -144,9 +147,22 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             self._refuse(409, "Conflict", str(error))
             return
+        except PermissionError as error:
+            self._refuse(422, "Invalid", str(error))
+            return
         if not dry:
             self.api.controller(one)
         self._answer(200, one)
+
+    def do_DELETE(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        place = self._place(urlsplit(self.path).path)
+        with self.api.lock:
+            found = self.api.objects.pop(place, None) if place else None
+        if found is None:
+            self._refuse(404, "NotFound")
+            return
+        self._answer(200, {"kind": "Status", "apiVersion": "v1", "status": "Success"})
 
     def _place(self, path: str) -> tuple[str, str, str, str] | None:
         parts = path.strip("/").split("/")

@@ -12,6 +12,8 @@ from trimtab.deploy.objects import FIELD_MANAGER
 from trimtab.deploy.render import Installation
 
 OBJECTS = rendered(Installation("dev"))
+CLAIM = "PersistentVolumeClaim"
+DEFAULT_CLASS = {"name": "disks", "annotations": {"storageclass.kubernetes.io/is-default-class": "true"}}
 KINDS = {(one["apiVersion"], one["kind"]) for one in OBJECTS}
 
 
@@ -87,6 +89,23 @@ def test_what_a_rollout_waits_for_is_told_in_the_schedulers_words(cluster):
     code, text = deploy("dev", "--yes", "--timeout", "1")
     assert code == 1
     assert "Deployment/reward is not up within 1 s: 4 Insufficient nvidia.com/gpu" in text
+
+
+def test_a_template_that_cannot_be_changed_is_made_anew(cluster):
+    """A JobSet's spec is immutable: new digests would end every later deploy."""
+    cluster.kinds |= {("jobset.x-k8s.io/v1alpha2", "jobsets"): "JobSet", ("v1", plural(CLAIM)): CLAIM}
+    cluster.immutable.add("JobSet")
+    cluster.put({"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": DEFAULT_CLASS})
+    arguments = ("dev", "--with", "jobset", "--yes")
+    code, text = deploy(*arguments)
+    assert code == 0, text
+    image = "trimtab/trainer=registry.example/trimtab/trainer@sha256:" + "a" * 64
+    code, text = deploy(*arguments, "--image", image)
+    assert code == 0 and "JobSet/trainer is made anew" in text, text
+    (job,) = cluster.find("JobSet", "trainer")["spec"]["replicatedJobs"]
+    assert job["template"]["spec"]["template"]["spec"]["containers"][0]["image"].startswith("registry.example/")
+    code, text = deploy(*arguments, "--image", image)
+    assert code == 0 and "nothing changes" in text, text
 
 
 def test_check_lists_what_is_missing_and_fails(cluster):

@@ -1,5 +1,7 @@
 """A pod comes up when it can serve, goes without losing a call, and a rollout never waits for a GPU that it holds."""
 
+import re
+
 import pytest
 
 from tests.unit.k8s.manifests import installations, label, matches, pods, rendered
@@ -137,6 +139,9 @@ def test_a_run_that_is_evicted_is_replaced_and_one_with_wrong_settings_is_not(in
                 assert disruption["action"] == "FailJob"
                 (rule,) = inner["failurePolicy"]["rules"]
                 assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+                assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"]), (
+                    "JobSet's webhook refuses it"
+                )
                 assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
 
 
