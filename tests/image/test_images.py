@@ -10,11 +10,16 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from trimtab.rounds.launchers.services import free_ports
 
 ROOT = Path(__file__).parents[2]
 TARGETS = os.environ.get("TRIMTAB_IMAGE_TARGETS", "web").split(",")
@@ -39,6 +44,17 @@ class Buildah:
         )
         assert not check or done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         return done.stdout + ("" if check else done.stderr)
+
+    @contextmanager
+    def running(self, container: str, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A command of a container while the block runs."""
+        run = ["buildah", *self._storage, "run", "--isolation", "chroot", container, "--", *command]
+        process = subprocess.Popen(run, start_new_session=True)
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +122,26 @@ def test_its_service_is_there_and_refuses_with_a_line_where_something_is_missing
     }[target]
     said = inside(buildah, container, "trimtab", *command, check=False)
     assert "Traceback" not in said and "trimtab: " in said, said
+
+
+def test_its_service_comes_up_and_the_health_check_answers(buildah, image):
+    target, container = image
+    if target == "trainer":
+        pytest.skip("the trainer's image runs jobs")
+    port, health = free_ports(2)
+    models = "/opt/trimtab/models/stories260K"
+    command, check = {
+        "web": (("label", "serve", "--port", str(port), "--database", "/tmp/x.sqlite"), f"127.0.0.1:{port}/healthz"),
+        "model-server": (("serve", "reward", "--set", f"model={models}-reward"), f"127.0.0.1:{health}"),
+        "generator": (("serve", "generator", "--set", f"model={models}-hf"), f"127.0.0.1:{health}"),
+    }[target]
+    if target != "web":
+        command = (*command, "--set", f"port={port}", "--set", f"health_port={health}", "--set", "metrics_port=0")
+    with buildah.running(container, "trimtab", *command) as service:
+        deadline = time.monotonic() + 300
+        while inside(buildah, container, "trimtab", "health", check, check=False):
+            assert service.poll() is None and time.monotonic() < deadline
+            time.sleep(1)
 
 
 def test_every_package_of_it_is_listed_and_pinned(buildah, image):
