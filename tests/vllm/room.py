@@ -143,7 +143,7 @@ def local_samples(folder: Path, requests: list[tuple[list[int], int, Sampling]])
         policy.model,
         policy.tokenizer,
         eos_token_ids=policy.eos_token_ids,
-        version=ModelVersion(name="local"),
+        version=ModelVersion("", "local", 0),
         max_length=MAX_LENGTH,
     )
     engine.submit(

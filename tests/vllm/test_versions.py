@@ -115,6 +115,15 @@ def test_a_swap_under_load_fails_no_sequence_and_marks_every_token(lab: Lab, mod
     assert seen.count([before]) >= SLOTS if mode is SwapMode.DRAIN else [before] not in seen
 
 
+def test_cancelled_sequences_leave_without_an_outcome(lab: Lab) -> None:
+    lab.engine.submit(requests := lab.requests(2 * SLOTS))
+    while lab.engine.live < SLOTS:
+        lab.engine.step()
+    lab.engine.cancel([request.sequence_id for request in requests])
+    assert lab.drive() == []
+    assert (lab.engine.live, lab.engine.waiting, lab.engine.free_slots) == (0, 0, SLOTS)
+
+
 def test_sequences_hold_back_the_version_they_refuse(lab: Lab) -> None:
     served = lab.engine.version
     new = (served.step + 1) % 3

@@ -5,6 +5,7 @@ decided here, by the local engine's rules. sequences.py is the life of one seque
 """
 
 import asyncio
+import gc
 import threading
 import time
 from collections import deque
@@ -182,8 +183,11 @@ class VllmEngine:
         return done
 
     def close(self) -> None:
-        """End vLLM and its processes; blocks for some seconds."""
+        """End vLLM and its processes; blocks for some seconds. Nothing can be asked of the engine afterwards."""
         self._shut_down()
+        # Or vLLM's object is let go when the interpreter ends, when it can no longer find its own modules.
+        del self._sampler, self._weights, self._shut_down
+        gc.collect()
 
     def _call(self, function: Callable[[], object]) -> None:
         if not self._loop.is_closed():

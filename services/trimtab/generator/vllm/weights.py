@@ -50,12 +50,19 @@ class Weights:
         await self._llm.get_weight_version()
 
     async def begin(self, *, check: bool) -> None:
-        """Name the weights that vLLM has loaded itself, and check them. Raises ValueError."""
+        """Name the weights that vLLM has loaded itself, and check them. Raises ValueError.
+
+        Then they are changed for themselves: the first change takes longer than the later ones, and one that goes
+        wrong is better met here.
+        """
         self.label = self._new_label(self.version)
         await self._llm.update_weight_version(self.label)
         if check:
-            difference = self._probe.check(self._probe.expected(), await self._measure())
-            log.info("vLLM agrees with a full forward", mean_nats=difference)
+            expected = self._probe.expected()
+            difference = self._probe.check(expected, await self._measure())
+            await change_weights(self._llm, self._folder, self.label, recompute_kv=True)
+            self._probe.check(expected, await self._measure())
+            log.info("vLLM agrees with a full forward, before and after a reload", mean_nats=difference)
 
     def live_tensors(self) -> dict[str, Any]:
         """The state dict that a new version must fit."""
