@@ -49,12 +49,15 @@ class GeneratorConfig(ServiceConfig):
     default_max_tokens: int = Field(default=256, ge=1, description="New tokens where a request does not say.")
     max_slots: int = Field(default=64, ge=1, description="Sequences decoded at once.")
     prefill_tokens: int = Field(default=2048, ge=1, description="Prompt tokens computed between two decode steps.")
+    deterministic: bool = Field(default=False, description="A seed's sample has the same bits in any company; slower.")
     self_check: bool = Field(default=True, description="Compare the engine with full forwards before serving.")
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
         if self.follow is not None and self.store is None:
             raise ValueError("follow: needs a store to follow a pointer in")
+        if self.deterministic and self.engine == "vllm":
+            raise ValueError("deterministic: only the local engine gives the same bits in any company")
         if self.model.startswith("version:") and self.store is None:
             raise ValueError(f"model: {self.model} needs a store")
         return self

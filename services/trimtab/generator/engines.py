@@ -35,4 +35,5 @@ async def make_engine(context: ServerContext, config: GeneratorConfig, loaded: L
         max_length=max_length,
         max_slots=config.max_slots,
         prefill_tokens=config.prefill_tokens,
+        deterministic=config.deterministic,
     )

@@ -19,7 +19,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
-        unit, inverse = _normalized(x, epsilon)
+        unit, inverse = normalized(x, epsilon)
         ctx.save_for_backward(unit, inverse, weight_D)
         return weight_D * unit
 
@@ -47,7 +47,7 @@ def shorten(model: torch.nn.Module) -> None:
             module.forward = partial(_forward, module, epsilon)  # type: ignore[method-assign]
 
 
-def _normalized(x: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+def normalized(x: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """x̂ and 1 / √(mean(x²) + ε)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -58,7 +58,7 @@ def _normalized(x: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Te
 def _forward(module: Any, epsilon: float, x: torch.Tensor) -> Any:
     if torch.is_grad_enabled():
         return RMSNormFunction.apply(x, module.weight, epsilon)
-    return module.weight * _normalized(x, epsilon)[0]
+    return module.weight * normalized(x, epsilon)[0]
 
 
 @torch.no_grad()

@@ -47,8 +47,9 @@ def test_greedy_takes_the_most_likely_token_of_a_full_forward(lab: ModuleType, a
         np.testing.assert_array_equal(got, logits.argmax(dim=-1).numpy())
 
 
-def test_tokens_do_not_depend_on_batch_mates_or_slots(lab: ModuleType) -> None:
-    model = lab.build("llama")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_tokens_do_not_depend_on_batch_mates_or_slots(lab: ModuleType, architecture: str) -> None:
+    model = lab.build(architecture)
     requests = [lab.request(i, p, seed=100 + i, max_tokens=20) for i, p in enumerate(lab.random_prompts(9))]
     together = lab.run(lab.engine_of(model, max_slots=5), requests)
     for asked in requests:
@@ -66,9 +67,10 @@ def test_seeds_decide_the_samples_of_one_shared_prefill(lab: ModuleType) -> None
     assert len({tuple(got[i].token_ids) for i in range(0, 8, 2)}) == 4
 
 
-def test_many_refills_keep_the_cache_right(lab: ModuleType) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_many_refills_keep_the_cache_right(lab: ModuleType, architecture: str) -> None:
     """Long and short sequences over few slots: the window moves, is compacted, shifted and grown."""
-    model = lab.build("llama")
+    model = lab.build(architecture)
     draws = np.random.default_rng(3)
     prompts = lab.random_prompts(30, longest=60)
     requests = [
@@ -166,9 +168,12 @@ def test_a_sequence_past_its_deadline_is_never_started(lab: ModuleType) -> None:
     assert len(outcomes[1].token_ids) == 1
 
 
-def test_numbers_that_are_not_finite_fail_their_sequence_and_spoil_no_other(lab: ModuleType) -> None:
-    model = lab.build("llama")
-    model.model.embed_tokens.weight.data[258] = torch.nan
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_numbers_that_are_not_finite_fail_their_sequence_and_spoil_no_other(lab: ModuleType, architecture: str) -> None:
+    model = lab.build(architecture)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # no longer the embedding's own
+    model.get_input_embeddings().weight.data[258] = torch.nan
     engine = lab.engine_of(model, max_slots=2)
     # A longer mate keeps the broken row's columns in the window when the next sequence takes the row.
     never_258 = {"stop_token_ids": (258,), "min_tokens": 40}

@@ -6,6 +6,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from trimtab.generator.engine import (
     FinishedSequence,
@@ -15,6 +16,7 @@ from trimtab.generator.engine import (
     TokenRun,
     WeightPatch,
 )
+from trimtab.generator.local import scheduler
 from trimtab_client.versions import ModelVersion
 
 
@@ -33,9 +35,16 @@ def drain(engine) -> dict[int, FinishedSequence]:
     return {outcome.sequence_id: outcome for outcome in outcomes}
 
 
-def test_drain_ends_what_runs_on_the_old_version_and_starts_the_rest_on_the_new(lab: ModuleType) -> None:
-    old, new = lab.build("llama", seed=0), lab.build("llama", seed=1)
-    engine = lab.engine_of(lab.build("llama", seed=0), max_slots=2)
+# The first is decoded by the Llama family's runner, the second by transformers.
+RUNNERS = ["llama", "gpt2"]
+
+
+@pytest.mark.parametrize("architecture", RUNNERS)
+def test_drain_ends_what_runs_on_the_old_version_and_starts_the_rest_on_the_new(
+    lab: ModuleType, architecture: str
+) -> None:
+    old, new = lab.build(architecture, seed=0), lab.build(architecture, seed=1)
+    engine = lab.engine_of(lab.build(architecture, seed=0), max_slots=2)
     requests = [lab.request(i, prompt, seed=i, max_tokens=10) for i, prompt in enumerate(lab.random_prompts(5))]
     engine.submit(requests)
     steps(engine, 3)
@@ -52,10 +61,15 @@ def test_drain_ends_what_runs_on_the_old_version_and_starts_the_rest_on_the_new(
         np.testing.assert_allclose(got.logprobs, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("architecture", RUNNERS)
 @pytest.mark.parametrize("mode", [SwapMode.KEEP, SwapMode.RECOMPUTE_KV])
-def test_sequences_in_flight_go_on_and_say_which_version_sampled_what(lab: ModuleType, mode: SwapMode) -> None:
-    old, new = lab.build("llama", seed=0), lab.build("llama", seed=1)
-    engine = lab.engine_of(lab.build("llama", seed=0), max_slots=3, prefill_tokens=16)
+def test_sequences_in_flight_go_on_and_say_which_version_sampled_what(
+    lab: ModuleType, mode: SwapMode, architecture: str, deterministic: bool
+) -> None:
+    old, new = lab.build(architecture, seed=0), lab.build(architecture, seed=1)
+    live = lab.build(architecture, seed=0)
+    engine = lab.engine_of(live, max_slots=3, prefill_tokens=16, deterministic=deterministic)
     requests = [lab.request(i, prompt, seed=i, max_tokens=12) for i, prompt in enumerate(lab.random_prompts(5))]
     engine.submit(requests)
     early = [outcome.sequence_id for outcome in steps(engine, 8)]
@@ -73,7 +87,21 @@ def test_sequences_in_flight_go_on_and_say_which_version_sampled_what(lab: Modul
         if mode is SwapMode.RECOMPUTE_KV or first == 0:
             np.testing.assert_allclose(got.logprobs[first:], after[first:], atol=1e-4)
         else:
-            assert np.abs(got.logprobs[first:] - before[first:]).max() > 1e-3
+            kept = continued_logprobs(old, new, asked.prompt_ids, got.token_ids, first)
+            np.testing.assert_allclose(got.logprobs[first:], kept, atol=1e-4)
+            assert np.abs(kept - after[first:]).max() > 1e-2  # what the old keys and values make of it
+
+
+@torch.inference_mode()
+def continued_logprobs(
+    old: PreTrainedModel, new: PreTrainedModel, prompt: np.ndarray, response: np.ndarray, first: int
+) -> np.ndarray:
+    """The oracle of keep: `old` fills transformers' own cache until it has sampled `first` tokens, `new` goes on."""
+    ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+    known = len(prompt) + first - 1  # the newest token is fed by the new version
+    past = old(input_ids=ids[:, :known], use_cache=True).past_key_values
+    logits = new(input_ids=ids[:, known:-1], past_key_values=past).logits[0].float()
+    return torch.log_softmax(logits, dim=-1).gather(1, ids[0, known + 1 :, None])[:, 0].numpy()
 
 
 @pytest.mark.parametrize("mode", list(SwapMode))
@@ -151,6 +179,47 @@ def test_patches_change_their_elements_and_nothing_else(lab: ModuleType) -> None
     before[head].view(-1)[[0, 7]] = torch.tensor([0.5, 0.25])
     before["model.norm.weight"][3] = 2.0
     assert all(torch.equal(tensor, before[name]) for name, tensor in live.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", RUNNERS)
+def test_patched_weights_are_those_that_sample_tied_ones_too(lab: ModuleType, architecture: str) -> None:
+    live = lab.build(architecture)
+    live.get_output_embeddings().weight = live.get_input_embeddings().weight
+    names = ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight")
+    if architecture == "gpt2":
+        names = ("transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight", "transformer.h.0.attn.c_attn.weight")
+    engine = lab.engine_of(live)
+    asked = lab.request(0, range(9), seed=3, max_tokens=20)
+    engine.submit([asked])
+    steps(engine, 4)
+    swap = engine.swap(StagedPatches(lab.V2, lab.V1, [patch(n, list(range(40)), 0.3) for n in names]), SwapMode.DRAIN)
+    engine.submit([replace(asked, sequence_id=1)])
+    finished = drain(engine)
+    assert swap.result() == lab.V2 and [run.version for run in finished[1].runs] == [lab.V2]
+    assert all((live.state_dict()[name].view(-1)[:40] == 0.3).all() for name in names)
+    expected = lab.full_logprobs(live, asked.prompt_ids, finished[1].token_ids, 1.0)
+    np.testing.assert_allclose(finished[1].logprobs, expected, atol=1e-4)
+    assert not np.array_equal(finished[0].token_ids, finished[1].token_ids)
+
+
+def test_a_large_version_is_made_ready_between_steps_while_the_old_one_samples(
+    lab: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "ELEMENTS_A_STEP", 1)
+    new = lab.build("llama", seed=1)
+    engine = lab.engine_of(lab.build("llama", seed=0))
+    asked = lab.request(0, range(5), max_tokens=12)
+    engine.submit([asked])
+    engine.step()
+    swap = engine.swap(staged(lab, new), SwapMode.RECOMPUTE_KV)
+    steps(engine, 3)  # two layers and the head
+    assert not swap.done() and engine.version == lab.V1
+    engine.step()
+    assert swap.result() == lab.V2
+    got = drain(engine)[0]
+    assert got.runs == (TokenRun(lab.V1, 5), TokenRun(lab.V2, 7))
+    after = lab.full_logprobs(new, asked.prompt_ids, got.token_ids, 1.0)
+    np.testing.assert_allclose(got.logprobs[5:], after[5:], atol=1e-4)
 
 
 def test_patches_of_another_base_or_tensor_are_refused_and_change_nothing(lab: ModuleType) -> None:

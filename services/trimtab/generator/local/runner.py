@@ -1,20 +1,21 @@
-"""Run a Hugging Face causal LM over the slot cache: prefill of new rows, one decode step of all live rows.
+"""Run any Hugging Face causal LM over the slot cache: prefill of new rows, one decode step of all live rows.
 
-Returns the logits of each row's newest token; sampling is sampler.py's matter, rows are slots.py's.
+Returns the logits of each row's newest token; sampling is sampler.py's matter, rows are slots.py's. The Llama family
+has a faster runner on a CPU, llama.py; runners.py chooses.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trimtab.generator.engine import WeightPatch
 from trimtab.generator.local.kv_cache import SlotCache
+from trimtab.generator.local.live_weights import LiveWeights
 
 
-class ModelRunner:
+class ModelRunner(LiveWeights):
     """Owns the live model and its cache. Every method runs on the one thread that does model work.
 
     Raises ValueError for an architecture whose past is not keys and values of each token (recurrent, encoder-decoder).
@@ -26,9 +27,9 @@ class ModelRunner:
                 f"{type(model).__name__} is not served by the local engine: it keeps a recurrent or encoder state, "
                 "not one key and value a token; choose a decoder-only attention model"
             )
-        self.model = model.eval()
-        self.device = model.device
-        self._max_rows = max_rows
+        super().__init__(model)
+        self.max_rows = max_rows
+        self.takes_pieces = False
         self.cache = SlotCache(max_rows)
         accepted = inspect.signature(model.forward).parameters
         self._keeps_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
@@ -36,7 +37,16 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Begin with an empty cache, whatever state a failed forward left."""
-        self.cache = SlotCache(self._max_rows)
+        self.cache = SlotCache(self.max_rows)
+
+    def keep(self, survivors: Sequence[int], longest: int) -> None:
+        """Keep rows `survivors`, in that order, as rows 0, 1, ...; the longest of them has `longest` tokens."""
+        self.cache.compact(survivors)
+        self.cache.trim(longest)
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """Forget what rows hold, numbers that are not finite too."""
+        self.cache.clear_rows(rows)
 
     @torch.inference_mode()
     def prefill(self, sequences: Sequence[np.ndarray], *, first_row: int, copies: Sequence[int] = ()) -> torch.Tensor:
@@ -62,6 +72,10 @@ class ModelRunner:
             self.cache.end_prefill()
         return logits if source is None else logits.index_select(0, source)
 
+    def extend(self, token_ids: np.ndarray, *, row: int, start: int, copies: int = 1) -> torch.Tensor:
+        """Not here: a row's columns move with the others', so its prompt is computed at once."""
+        raise NotImplementedError("the cache of this runner takes whole prompts")
+
     @torch.inference_mode()
     def decode(self, tokens_B: np.ndarray, lengths_B: np.ndarray) -> torch.Tensor:
         """Feed one token a live row, whose past is `lengths_B` tokens long; float32 logits [B, V]."""
@@ -83,54 +97,3 @@ class ModelRunner:
             **self._keeps_last,
         )
         return output.logits[:, -1].float()
-
-    @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Put staged tensors in the place of the live parameters and buffers, which are left in their place.
-
-        Raises ValueError, with nothing changed, unless names and shapes are those of the live model.
-        """
-        live = self.model.state_dict(keep_vars=True)
-        check_weights(live, weights)
-        for name, tensor in weights.items():
-            if (tensor.device, tensor.dtype) == (live[name].device, live[name].dtype):
-                # No copy and nothing freed while sampling waits.
-                before, live[name].data = live[name].data, tensor.data
-                tensor.data = before
-            else:
-                live[name].data.copy_(tensor)
-
-    @torch.no_grad()
-    def patch_weights(self, patches: Sequence[WeightPatch]) -> None:
-        """Overwrite single elements of the live parameters and buffers, in the order given."""
-        live = self.model.state_dict(keep_vars=True)
-        check_patches(live, patches)
-        for patch in patches:
-            flat = live[patch.name].data.view(-1)
-            flat.index_copy_(0, patch.positions.to(flat.device), patch.values.to(flat.device))
-
-
-def check_patches(live: Mapping[str, torch.Tensor], patches: Sequence[WeightPatch]) -> None:
-    """Raise ValueError naming the first tensor that is unknown or of another dtype, or too small."""
-    for patch in patches:
-        if patch.name not in live:
-            raise ValueError(f"the new version changes {patch.name}, which the served model lacks")
-        target = live[patch.name]
-        if target.dtype != patch.values.dtype or (
-            len(patch.positions) and int(patch.positions.max()) >= target.numel()
-        ):
-            raise ValueError(f"the new version's {patch.name} does not fit the served {list(target.shape)}")
-
-
-def check_weights(live: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError naming the first tensor that is missing, unknown or of another shape."""
-    if missing := sorted(live.keys() - weights.keys()):
-        raise ValueError(f"the new version lacks {len(missing)} tensors of the served model, first {missing[0]}")
-    if unknown := sorted(weights.keys() - live.keys()):
-        raise ValueError(f"the new version has {len(unknown)} tensors the served model lacks, first {unknown[0]}")
-    for name, tensor in weights.items():
-        if tensor.shape != live[name].shape:
-            raise ValueError(
-                f"tensor {name} has shape {list(tensor.shape)}, the served model {list(live[name].shape)}: "
-                "a version must have the architecture of the model it replaces"
-            )

@@ -7,7 +7,7 @@ sequence, and returns what ended. The cache layout is kv_cache.py's, the arithme
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -26,22 +26,43 @@ from trimtab.generator.engine import (
     StagedWeights,
     SwapMode,
 )
-from trimtab.generator.local.runner import ModelRunner, check_patches, check_weights
+from trimtab.generator.local.blocks import sample_in_blocks
+from trimtab.generator.local.runners import Runner, runner_of
 from trimtab.generator.local.sampler import sample
 from trimtab.generator.local.slots import Slot, SlotTable
 from trimtab.generator.local.stop_strings import StopStrings, response_text
 from trimtab_client.versions import ModelVersion
 
+# Of a new version made ready between two steps: a few milliseconds of work.
+ELEMENTS_A_STEP = 1_000_000
 NON_FINITE = "the model gave logits that are not finite numbers; the weights of this version are broken"
 
 
 @dataclass(frozen=True)
 class PendingSwap:
-    """A version that waits for its moment between two steps."""
+    """A version that is made ready (`rest` is what that still takes) and waits for its moment between two steps."""
 
     staged: StagedWeights | StagedPatches
     mode: SwapMode
     done: Future[ModelVersion]
+    rest: Iterator[int]
+
+    def make_ready(self) -> bool:
+        """Do a step's share; whether all is done."""
+        elements = 0
+        for piece in self.rest:
+            elements += piece
+            if elements >= ELEMENTS_A_STEP:
+                return False
+        return True
+
+
+@dataclass
+class Filling:
+    """Samples of a prompt longer than a step's budget, computed a piece a step into the row behind the live ones."""
+
+    requests: list[SequenceRequest]
+    computed: int = 0  # prompt tokens
 
 
 class LocalEngine:
@@ -54,7 +75,8 @@ class LocalEngine:
         max_length: prompt and response together, tokens.
         max_slots: most sequences decoded at once.
         prefill_tokens: most prompt tokens (padding counted) computed between two decode steps; a longer prompt goes
-            alone.
+            alone, in pieces where the runner takes them.
+        deterministic: a seeded sample has the same bits whatever else is decoded with it, and whenever; slower.
 
     Raises:
         ValueError: an architecture this engine cannot serve.
@@ -70,8 +92,10 @@ class LocalEngine:
         max_length: int,
         max_slots: int = 64,
         prefill_tokens: int = 2048,
+        deterministic: bool = False,
     ) -> None:
-        self._runner = ModelRunner(model, max_rows=max_slots)
+        self._runner: Runner = runner_of(model, max_rows=max_slots, deterministic=deterministic)
+        self._draw = sample_in_blocks if deterministic else sample
         self._tokenizer = tokenizer
         self._version = version
         self._max_length = max_length
@@ -80,12 +104,13 @@ class LocalEngine:
         assert output is not None, "a causal LM has output embeddings"
         vocab_size = int(output.weight.shape[0])  # type: ignore[arg-type]
         ends = [token for token in eos_token_ids if 0 <= token < vocab_size]
-        self._table = SlotTable(max_slots, vocab_size, ends)
+        self._table = SlotTable(self._runner.max_rows, vocab_size, ends)
         self._queue: deque[SequenceRequest] = deque()
         self._lock = threading.Lock()
         self._inbox: list[SequenceRequest] = []
         self._cancelled: set[int] = set()
         self._pending: PendingSwap | None = None
+        self._filling: Filling | None = None
 
     @property
     def version(self) -> ModelVersion:
@@ -111,14 +136,18 @@ class LocalEngine:
     @property
     def free_slots(self) -> int:
         """Sequences that could start now."""
-        return self._table.max_slots - self._table.count
+        return self._table.max_slots - self._table.count - len(self._filling_requests)
 
     @property
     def has_work(self) -> bool:
         """Whether there is anything for a step to do."""
         with self._lock:
             asked = bool(self._inbox or self._cancelled or self._pending)
-        return asked or bool(self._queue) or self.live > 0
+        return asked or bool(self._queue) or self.live > 0 or self._filling is not None
+
+    @property
+    def _filling_requests(self) -> list[SequenceRequest]:
+        return self._filling.requests if self._filling is not None else []
 
     def submit(self, requests: Sequence[SequenceRequest]) -> None:
         """Queue sequences; they enter as slots free up, in this order."""
@@ -134,16 +163,12 @@ class LocalEngine:
         """Change weights between two steps; see `Engine.swap`."""
         done: Future[ModelVersion] = Future()
         try:
-            live = self._runner.model.state_dict()
-            if isinstance(staged, StagedPatches):
-                check_patches(live, staged.patches)
-            else:
-                check_weights(live, staged.tensors)
+            self._runner.check(staged)
         except ValueError as error:
             done.set_exception(error)
             return done
         with self._lock:
-            replaced, self._pending = self._pending, PendingSwap(staged, mode, done)
+            replaced, self._pending = self._pending, PendingSwap(staged, mode, done, self._runner.prepare(staged))
         if replaced is not None and replaced.done.set_running_or_notify_cancel():
             replaced.done.set_exception(ValueError(f"{replaced.staged.version} was replaced by {staged.version}"))
         return done
@@ -154,8 +179,9 @@ class LocalEngine:
             self._queue.extend(self._inbox)
             self._inbox.clear()
             self._cancelled.clear()
-        requests = [*(slot.request for slot in self._table.slots), *self._queue]
+        requests = [*(slot.request for slot in self._table.slots), *self._filling_requests, *self._queue]
         self._queue.clear()
+        self._filling = None
         self._runner.reset()
         self._table.keep([])
         return [request.sequence_id for request in requests]
@@ -165,7 +191,7 @@ class LocalEngine:
         """Swap if due, prefill into free slots, decode one token for every live sequence; return what ended."""
         self._take_messages()
         self._swap_if_due()
-        outcomes = self._admit()
+        outcomes = self._fill(self._filling) if self._filling is not None else self._admit()
         if self.live:
             outcomes += self._decode()
         return outcomes
@@ -178,38 +204,51 @@ class LocalEngine:
             cancelled, self._cancelled = self._cancelled, set()
         if cancelled:
             self._queue = deque(request for request in self._queue if request.sequence_id not in cancelled)
+            if self._filling is not None:
+                left = [request for request in self._filling.requests if request.sequence_id not in cancelled]
+                self._filling = Filling(left, self._filling.computed) if left else None
             self._release([row for row, slot in enumerate(self._table.slots) if slot.request.sequence_id in cancelled])
 
     def _swap_if_due(self) -> None:
         pending = self._pending
-        if pending is None:
+        if pending is None or not self._is_ready(pending):
             return
-        in_flight = [slot.request for slot in self._table.slots]
+        in_flight = [*(slot.request for slot in self._table.slots), *self._filling_requests]
         holders = [request for request in [*in_flight, *self._queue] if self._holds_back(request, pending)]
         if holders or (pending.mode is SwapMode.DRAIN and in_flight):
             return
-        with self._lock:
-            if self._pending is pending:
-                self._pending = None
+        self._forget(pending)
         if not pending.done.set_running_or_notify_cancel():
             return
-        if isinstance(pending.staged, StagedPatches) and pending.staged.base != self._version:
-            pending.done.set_exception(ValueError(f"it was staged beside {pending.staged.base}, not {self._version}"))
-            return
         try:
-            if isinstance(pending.staged, StagedPatches):
-                self._runner.patch_weights(pending.staged.patches)
-            else:
-                self._runner.load_weights(pending.staged.tensors)
+            self._runner.take(pending.staged)
         except Exception as error:
             pending.done.set_exception(error)
             raise
         self._version = pending.staged.version
         for row, slot in enumerate(self._table.slots):
             slot.marks.append((self._version, int(self._table.counts[row])))
+        if self._filling is not None:
+            self._filling.computed = 0
         if pending.mode is SwapMode.RECOMPUTE_KV:
             self._recompute()
         pending.done.set_result(self._version)
+
+    def _is_ready(self, pending: PendingSwap) -> bool:
+        """Do a step's share of making the version ready; whether all is done. One that can never come is dropped."""
+        staged = pending.staged
+        if isinstance(staged, StagedPatches) and staged.base != self._version:
+            error = ValueError(f"it was staged beside {staged.base}, not {self._version}")
+            self._forget(pending)
+            if pending.done.set_running_or_notify_cancel():
+                pending.done.set_exception(error)
+            return False
+        return pending.make_ready()
+
+    def _forget(self, pending: PendingSwap) -> None:
+        with self._lock:
+            if self._pending is pending:
+                self._pending = None
 
     def _holds_back(self, request: SequenceRequest, pending: PendingSwap) -> bool:
         """Whether the request can only be sampled by the version that is about to go."""
@@ -241,9 +280,10 @@ class LocalEngine:
         chosen, failed = self._choose()
         if not chosen:
             return failed
-        first = self.live
-        for request in chosen:
-            self._table.add(Slot(request, self._stops_of(request), [(self._version, 0)]), self._max_length)
+        if len(chosen[0].prompt_ids) > self._prefill_tokens and self._runner.takes_pieces:
+            self._filling = Filling(chosen)
+            return failed + self._fill(self._filling)
+        first = self._add(chosen)
         prompts: list[np.ndarray] = []
         copies: list[int] = []
         for before, request in zip([None, *chosen], chosen, strict=False):
@@ -254,6 +294,26 @@ class LocalEngine:
                 copies.append(1)
         logits = self._runner.prefill(prompts, first_row=first, copies=copies)
         return failed + self._sample(slice(first, self.live), logits)
+
+    def _fill(self, filling: Filling) -> list[Outcome]:
+        """Compute the next piece of a long prompt; with its last one its samples come to live."""
+        start, prompt_ids = filling.computed, filling.requests[0].prompt_ids
+        piece = prompt_ids[start : start + self._prefill_tokens]
+        filling.computed += len(piece)
+        whole = filling.computed == len(prompt_ids)
+        copies = len(filling.requests) if whole else 1
+        logits = self._runner.extend(piece, row=self.live, start=start, copies=copies)
+        if not whole:
+            return []
+        self._filling = None
+        return self._sample(slice(self._add(filling.requests), self.live), logits)
+
+    def _add(self, requests: Sequence[SequenceRequest]) -> int:
+        """Give sequences the next rows; the first of these."""
+        first = self.live
+        for request in requests:
+            self._table.add(Slot(request, self._stops_of(request), [(self._version, 0)]), self._max_length)
+        return first
 
     def _stops_of(self, request: SequenceRequest) -> StopStrings | None:
         stops = request.sampling.stop
@@ -307,14 +367,14 @@ class LocalEngine:
         """Choose a token for each of these rows, and let go of the rows that end with it."""
         banned = self._table.banned(rows)
         banned_BV = None if banned is None else torch.from_numpy(banned).to(logits_BV.device)
-        sampled = sample(logits_BV, self._table.sample_rows(rows), banned_BV)
+        sampled = self._draw(logits_BV, self._table.sample_rows(rows), banned_BV)
         ended = self._table.record(rows, sampled)
         broken = [rows.start + int(offset) for offset in np.flatnonzero(np.isnan(sampled.logprobs))]
         failed_ids = [self._table.slots[row].request.sequence_id for row in broken]
         outcomes: list[Outcome] = [FailedSequence(failed, FailureReason.BROKEN, NON_FINITE) for failed in failed_ids]
         outcomes += [self._finish(row, reason) for row, reason in ended.items() if row not in broken]
         if broken:
-            self._runner.cache.clear_rows(broken)
+            self._runner.clear(broken)
         self._release([*broken, *(row for row in ended if row not in broken)])
         return outcomes
 
@@ -340,6 +400,7 @@ class LocalEngine:
         kept = self.live - len(gone)
         movers = iter(row for row in range(kept, self.live) if row not in gone)
         survivors = [next(movers) if row in gone else row for row in range(kept)]
-        self._runner.cache.compact(survivors)
+        behind = [self.live] if self._filling is not None else []  # the row of a long prompt follows the live ones
         self._table.keep(survivors)
-        self._runner.cache.trim(self._table.longest)
+        computed = self._filling.computed if self._filling is not None else 0
+        self._runner.keep([*survivors, *behind], max(self._table.longest, computed))

@@ -24,7 +24,7 @@ from trimtab.generator.engine import (
     StagedWeights,
     SwapMode,
 )
-from trimtab.generator.local.runner import check_weights
+from trimtab.generator.local.live_weights import check_weights
 from trimtab.generator.vllm.probe import Expected
 from trimtab.generator.vllm.sequences import SequenceSampler
 from trimtab.generator.vllm.weights import Weights

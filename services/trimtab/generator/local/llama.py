@@ -1,0 +1,213 @@
+"""The Llama family on a CPU, decoded by few large operations instead of transformers' many small ones.
+
+Llama, Mistral, Qwen2 and Qwen3 are one formula: RMSNorm, rotary grouped attention, SwiGLU. Here it stands once, over
+weights packed for the CPU (llama_weights.py) and a cache written in place (row_cache.py); how tokens attend is
+row_attention.py's. No padding is computed: prompts stand one after the other. Before it serves, selfcheck.py compares
+it with transformers' own forward; every other model is run by runner.py.
+
+Suffixes: N tokens, D hidden size, B rows, H heads, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from trimtab.generator.engine import StagedPatches, StagedWeights
+from trimtab.generator.local.blocks import in_blocks, padded, whole_blocks
+from trimtab.generator.local.live_weights import LiveWeights, overwrite
+from trimtab.generator.local.llama_weights import Layer, LlamaWeights, Packer
+from trimtab.generator.local.row_attention import Attend, HeadShape, RowAttention, Span
+from trimtab.generator.local.row_cache import RowCache
+from trimtab.models.norms import normalized
+
+
+class LlamaRunner(LiveWeights):
+    """Runs the model on the thread that does model work; see `runners.Runner`.
+
+    Args:
+        deterministic: not one bit of a row's logits depends on the other rows (blocks.py); slower.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, max_rows: int, deterministic: bool = False) -> None:
+        super().__init__(model)
+        config: Any = model.config
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.max_rows = max_rows
+        self.takes_pieces = True
+        self._shape = HeadShape(heads, config.num_key_value_heads, head_dim, model.dtype)
+        self._epsilon = config.rms_norm_eps
+        self._activation: Callable[[torch.Tensor], torch.Tensor] = model.model.layers[0].mlp.act_fn  # type: ignore
+        self._deterministic = deterministic
+        self._rotary = torch.empty(0)
+        self._coming: tuple[dict[str, torch.Tensor], Packer] | None = None
+        self._retired: list[object] = []
+        live = model.state_dict()
+        packer = Packer(live.get, config.num_hidden_layers)
+        for _ in packer.pieces():
+            pass
+        self._weights: LlamaWeights = packer.weights()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with an empty cache."""
+        shape = self._shape
+        layers = len(self._weights.layers)
+        self.cache = RowCache(layers, shape.key_heads, shape.head_dim, self.max_rows, shape.dtype)
+        self._attention = RowAttention(self.cache, shape, apart=self._deterministic)
+
+    @torch.inference_mode(False)  # a parameter cannot take a tensor made in inference mode
+    @torch.no_grad()
+    def prepare(self, staged: StagedWeights | StagedPatches) -> Iterator[int]:
+        """Pack the new version's weights beside those that serve; see `LiveWeights.prepare`."""
+        live = self.model.state_dict(keep_vars=True)
+        self._coming = None
+        coming: dict[str, torch.Tensor] = {}
+        if isinstance(staged, StagedPatches):
+            patched: dict[int, torch.Tensor] = {}
+            for patch in staged.patches:
+                parameter = live[patch.name]
+                if id(parameter) not in patched:
+                    patched[id(parameter)] = parameter.detach().clone()
+                    yield parameter.numel()
+                overwrite(patched[id(parameter)], patch)
+            # By the parameter, not by the name: a tied head has the embedding's.
+            coming = {name: patched[id(of)] for name, of in live.items() if id(of) in patched}
+        else:
+            coming = {name: tensor.detach().to(live[name].dtype) for name, tensor in staged.tensors.items()}
+        now = {name: tensor.detach() for name, tensor in live.items()} | coming
+        packer = Packer(now.get, len(self._weights.layers))
+        yield from packer.pieces()
+        self._coming = coming, packer
+
+    def take(self, staged: StagedWeights | StagedPatches) -> None:
+        """Change to the version that was prepared: nothing is copied, and nothing freed until later steps."""
+        assert self._coming is not None, "prepare comes first"
+        (coming, packer), self._coming = self._coming, None
+        live = self.model.state_dict(keep_vars=True)
+        self._retired += [*self._weights.layers, self._weights.head]
+        for name, tensor in coming.items():
+            before, live[name].data = live[name].data, tensor
+            if isinstance(staged, StagedWeights):
+                staged.tensors[name] = before
+            else:
+                self._retired.append(before)
+        self._weights = packer.weights()
+
+    def keep(self, survivors: Sequence[int], longest: int) -> None:
+        """Keep rows `survivors`, in that order, as rows 0, 1, ...; the longest of them has `longest` tokens."""
+        moves = [(source, row) for row, source in enumerate(survivors) if source != row]
+        self.cache.copy([source for source, _ in moves], [row for _, row in moves], longest)
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """Forget what rows hold, numbers that are not finite too."""
+        self.cache.clear(rows)
+
+    @torch.inference_mode()
+    def prefill(self, sequences: Sequence[np.ndarray], *, first_row: int, copies: Sequence[int] = ()) -> torch.Tensor:
+        """Compute `sequences` (int32 ids) into the rows from `first_row` on; float32 logits [rows written, V].
+
+        `copies[i]` rows are written for sequence i (one each by default).
+        """
+        counts = list(copies) or [1] * len(sequences)
+        firsts = first_row + np.cumsum([0, *counts])
+        longest = max(len(sequence) for sequence in sequences)
+        self.cache.reserve(int(firsts[-1]), longest)
+        logits_BV = self._extend([Span(int(row), 0, ids) for row, ids in zip(firsts, sequences, strict=False)])
+        sources = np.repeat(np.arange(len(sequences)), counts)
+        rows = first_row + np.arange(len(sources))
+        extra = np.flatnonzero(firsts[sources] != rows)
+        self.cache.copy(firsts[sources[extra]].tolist(), rows[extra].tolist(), longest)
+        return logits_BV if len(extra) == 0 else logits_BV[torch.from_numpy(sources)]
+
+    @torch.inference_mode()
+    def extend(self, token_ids: np.ndarray, *, row: int, start: int, copies: int = 1) -> torch.Tensor:
+        """Compute the next tokens of a row that holds `start` of them; float32 logits [copies, V] of the last.
+
+        With copies the rows behind are filled as this one.
+        """
+        end = start + len(token_ids)
+        self.cache.reserve(row + copies, end)
+        logits_1V = self._extend([Span(row, start, token_ids)])
+        self.cache.copy([row] * (copies - 1), list(range(row + 1, row + copies)), end)
+        return logits_1V.expand(copies, -1)
+
+    @torch.inference_mode()
+    def decode(self, tokens_B: np.ndarray, lengths_B: np.ndarray) -> torch.Tensor:
+        """Feed one token a live row, whose past is `lengths_B` tokens long; float32 logits [B, V]."""
+        if self._retired:
+            self._retired.pop()
+        self.cache.reserve(len(tokens_B), int(lengths_B.max()) + 1)
+        return self._forward(tokens_B, lengths_B, self._attention.to_past(lengths_B))
+
+    def _extend(self, spans: Sequence[Span]) -> torch.Tensor:
+        """Run spans, those of one shape together; float32 logits [spans, V] of each span's last token."""
+        order = sorted(range(len(spans)), key=lambda i: (spans[i].start, len(spans[i].token_ids)))
+        inside = [spans[i] for i in order]
+        tokens_N = np.concatenate([span.token_ids for span in inside])
+        positions_N = np.concatenate([np.arange(len(span.token_ids)) + span.start for span in inside])
+        ends_B = np.cumsum([len(span.token_ids) for span in inside]) - 1
+        logits_BV = self._forward(tokens_N, positions_N, self._attention.in_spans(inside), torch.from_numpy(ends_B))
+        return logits_BV if order == sorted(order) else logits_BV[torch.from_numpy(np.argsort(order))]
+
+    def _forward(
+        self, tokens_N: np.ndarray, positions_N: np.ndarray, attend: Attend, wanted_B: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Float32 logits of all tokens, or of those at `wanted_B`."""
+        weights, shape, count = self._weights, self._shape, len(tokens_N)
+        if self._deterministic:
+            missing = whole_blocks(count) - count
+            tokens_N, positions_N = np.pad(tokens_N, (0, missing)), np.pad(positions_N, (0, missing))
+        cos_N1d, sin_N1d = self._turns(positions_N)
+        hidden_ND = functional.embedding(torch.from_numpy(tokens_N.astype(np.int64)), weights.embedding_VD)
+        for index, layer in enumerate(weights.layers):
+            qkv = self._run(lambda *rows, of=layer: self._before(of, *rows), hidden_ND, cos_N1d, sin_N1d)[:count]
+            attended_ND = attend(index, *qkv.split((shape.heads, shape.key_heads, shape.key_heads), dim=1))
+            if wanted_B is not None and index == len(weights.layers) - 1:
+                attended_ND, hidden_ND, count = attended_ND[wanted_B], hidden_ND[wanted_B], len(wanted_B)
+            if self._deterministic:
+                attended_ND, hidden_ND = (padded(rows, whole_blocks(count)) for rows in (attended_ND, hidden_ND))
+            hidden_ND = self._run(lambda *rows, of=layer: self._after(of, *rows), attended_ND, hidden_ND)
+        return self._run(self._logits, hidden_ND)[:count].float()
+
+    def _run(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        return in_blocks(function, *inputs) if self._deterministic else function(*inputs)
+
+    def _before(self, layer: Layer, hidden_ND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values side by side, [N, heads and twice key heads, head_dim]."""
+        heads, turned = self._shape.heads, self._shape.heads + self._shape.key_heads
+        qkv = layer.qkv(self._norm(hidden_ND, layer.input_norm)).unflatten(1, (-1, self._shape.head_dim))
+        if layer.query_norm is not None and layer.key_norm is not None:
+            qkv[:, :heads] = self._norm(qkv[:, :heads], layer.query_norm)
+            qkv[:, heads:turned] = self._norm(qkv[:, heads:turned], layer.key_norm)
+        # Rotary positions (RoFormer, in GPT-NeoX's layout): the sine's first half is negative.
+        qk = qkv[:, :turned]
+        qkv[:, :turned] = (qk * cos).addcmul_(qk.roll(self._shape.head_dim // 2, -1), sin)
+        return qkv
+
+    def _after(self, layer: Layer, attended_ND: torch.Tensor, hidden_ND: torch.Tensor) -> torch.Tensor:
+        hidden_ND = layer.output(attended_ND).add_(hidden_ND)
+        gate, up = layer.gate_up(self._norm(hidden_ND, layer.mlp_norm)).chunk(2, dim=1)
+        return layer.down(self._activation(gate).mul_(up)).add_(hidden_ND)
+
+    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        return self._weights.head(self._norm(hidden_ND, self._weights.norm))
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return normalized(x, self._epsilon)[0].mul_(weight)
+
+    def _turns(self, positions_N: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [N, 1, head_dim], the sine's first half negative."""
+        needed = int(positions_N.max()) + 1
+        if self._rotary.shape[0] < needed:
+            like = self._weights.embedding_VD
+            positions = torch.arange(max(256, 2 ** (needed - 1).bit_length()))[None]
+            cos, sin = self.model.model.rotary_emb(like[:1], positions)  # type: ignore[union-attr,operator]
+            half = sin.shape[-1] // 2
+            self._rotary = torch.stack((cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)), dim=1)
+        turns = self._rotary[torch.from_numpy(positions_N.astype(np.int64))]
+        return turns[:, :1], turns[:, 1:]

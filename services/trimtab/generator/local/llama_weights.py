@@ -1,0 +1,104 @@
+"""The weights of a Llama-family model as llama.py reads them: few matrices, each packed once (packed_linear.py)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from trimtab.generator.local.packed_linear import PackedLinear
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
+
+
+def is_llama(model: PreTrainedModel) -> bool:
+    """Whether llama.py's formula is the model's, by its configuration, and its runner helps: in memory of a CPU."""
+    config = model.config
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    return (
+        config.model_type in FAMILY
+        and type(model).__name__.endswith("ForCausalLM")
+        and model.device.type == "cpu"
+        and model.dtype in (torch.float32, torch.bfloat16)
+        and getattr(model, "hf_quantizer", None) is None
+        and all(kind == "full_attention" for kind in kinds)
+        and (config.model_type != "mistral" or config.sliding_window is None)
+        and rotary.get("rope_type", "default") in FIXED_ROTARY
+        and rotary.get("partial_rotary_factor", 1.0) == 1.0
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's weights; norms are [D], those of queries and keys [head_dim] or None."""
+
+    input_norm: torch.Tensor
+    qkv: PackedLinear
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    output: PackedLinear
+    mlp_norm: torch.Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+@dataclass(frozen=True)
+class LlamaWeights:
+    """What a forward reads."""
+
+    embedding_VD: torch.Tensor
+    layers: tuple[Layer, ...]
+    norm: torch.Tensor
+    head: PackedLinear
+
+
+class Packer:
+    """Packs a model's tensors a piece at a time.
+
+    Args:
+        tensor: the tensor of a state dict's name, or None where the model has none.
+    """
+
+    def __init__(self, tensor: Callable[[str], torch.Tensor | None], layers: int) -> None:
+        self._tensor = tensor
+        self._layers = layers
+        self._packed: list[Layer] = []
+        self._head: PackedLinear | None = None
+
+    def pieces(self) -> Iterator[int]:
+        """Pack a layer for each `next`, at last the head; yields how many elements that were."""
+        for index in range(self._layers):
+            self._packed.append(self._layer(f"model.layers.{index}."))
+            last = self._packed[-1]
+            yield sum(part.elements for part in (last.qkv, last.output, last.gate_up, last.down))
+        self._head = self._linear("", "lm_head")
+        yield self._head.elements
+
+    def weights(self) -> LlamaWeights:
+        """What `pieces` made, all of it."""
+        assert self._head is not None and len(self._packed) == self._layers
+        embedding, norm = self._needed("model.embed_tokens.weight"), self._needed("model.norm.weight")
+        return LlamaWeights(embedding, tuple(self._packed), norm, self._head)
+
+    def _layer(self, prefix: str) -> Layer:
+        return Layer(
+            input_norm=self._needed(f"{prefix}input_layernorm.weight"),
+            qkv=self._linear(f"{prefix}self_attn.", "q_proj", "k_proj", "v_proj"),
+            query_norm=self._tensor(f"{prefix}self_attn.q_norm.weight"),
+            key_norm=self._tensor(f"{prefix}self_attn.k_norm.weight"),
+            output=self._linear(f"{prefix}self_attn.", "o_proj"),
+            mlp_norm=self._needed(f"{prefix}post_attention_layernorm.weight"),
+            gate_up=self._linear(f"{prefix}mlp.", "gate_proj", "up_proj"),
+            down=self._linear(f"{prefix}mlp.", "down_proj"),
+        )
+
+    def _linear(self, prefix: str, *names: str) -> PackedLinear:
+        weights = [self._needed(f"{prefix}{name}.weight") for name in names]
+        return PackedLinear(weights, [self._tensor(f"{prefix}{name}.bias") for name in names])
+
+    def _needed(self, name: str) -> torch.Tensor:
+        tensor = self._tensor(name)
+        assert tensor is not None, name
+        return tensor
