@@ -122,7 +122,7 @@ async def test_data_that_changed_meanwhile_is_refused(make_tiny, tmp_path):
         write_rows(tmp_path / "sft.jsonl", [{"prompt": "w1", "completion": " w2"}] * 24)
         await client.start("run", config)
         status, _ = await finished(client, "run")
-    assert status.state == "failed" and status.error.startswith("data: its rows")
+    assert status.state == "failed" and status.error.startswith("data: it is not what")
 
 
 async def test_a_checkpoint_that_was_asked_for_outlives_a_kill_right_after_it(make_tiny, tmp_path):

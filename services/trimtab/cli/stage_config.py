@@ -63,6 +63,11 @@ def _set(message: Message, key: str, value: Any, where: str) -> None:
                 raise CommandError(f"{where}: {unknown_key(str(name), known)}")
             _set(child, name, inner, f"{where}.{name}")
         return
+    if field.is_repeated:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise CommandError(f"{where}: expected a list of names, got {value!r}")
+        getattr(message, key).extend(value)
+        return
     try:
         # YAML 1.1 reads 2e-3 (no dot) as text
         setattr(message, key, float(value) if field.type in FLOATS and isinstance(value, str) else value)

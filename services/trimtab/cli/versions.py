@@ -210,10 +210,23 @@ def pull(
     folder: Annotated[Path, typer.Argument(help="A new folder; it holds what from_pretrained needs.")],
     store: StoreUrl = DEFAULT_STORE,
 ) -> None:
-    """Copy a version out of the store, verified, as a plain Hugging Face folder."""
+    """Copy a version out of the store, verified, as a plain Hugging Face folder; an adapter as peft's."""
     opened = _open(store)
     manifest = opened.pull(_find(opened, version), folder)
     typer.echo(f"{manifest.version} is in {folder}  {_size(manifest)}")
+
+
+@app.command()
+def merge(
+    version: Version,
+    folder: Annotated[Path, typer.Argument(help="A new folder; it holds what from_pretrained needs.")],
+    store: StoreUrl = DEFAULT_STORE,
+) -> None:
+    """Copy a version out of the store, an adapter merged into its base, as a plain Hugging Face folder."""
+    opened = _open(store)
+    manifest = opened.merge(_find(opened, version), folder)
+    base = f", merged into {manifest.parent}" if manifest.kind == "adapter" else ""
+    typer.echo(f"{manifest.version} is in {folder}{base}")
 
 
 def _open(url: str) -> Store:

@@ -115,6 +115,30 @@ def trained_model(shape: ModelShape, setting: Setting, *, scalar: bool = False, 
     return Need({name: size for name, size in parts.items() if size})
 
 
+def adapted_model(
+    shape: ModelShape, setting: Setting, rank: int, *, scalar: bool = False, average: bool = False
+) -> Need:
+    """A model of which LoRA's adapters train, at most those of all linear layers of its body: frozen weights, AdamW's
+    16 to 18 bytes for each of rank · (inputs + outputs), and what is larger: a micro-batch's activations, or the
+    float32 weights that the frozen ones are rounded from while it is loaded.
+    """
+    c, parameters = setting.compute_bytes, shape.scalar_parameters if scalar else shape.parameters
+    keys = shape.kv_heads * shape.head_dim
+    attention = 2 * (shape.hidden + shape.attention_width) + 2 * (shape.hidden + keys)
+    mlp = (3 if shape.gated else 2) * (shape.hidden + shape.intermediate)
+    trained = shape.layers * rank * (attention + mlp) + (shape.hidden if scalar else 0)
+    inside = setting.tokens * shape.layers * 14 * c * rank  # what A makes of the inputs of seven layers, and scaled
+    head = 0 if scalar else head_bytes(shape, setting) - 4 * shape.head_parameters  # its weight has no gradient
+    return Need(
+        {
+            "frozen weights": c * parameters,
+            "adapters": (c if c == 4 else c + 4) * trained + 12 * trained,
+            **({"average": (4 + c) * trained} if average else {}),
+            "activations": max(activation_bytes(shape, setting) + inside + head, (4 - c) * parameters),
+        }
+    )
+
+
 def side_by_side(policy: Need, value: Need, *, on_cpu: bool) -> Need:
     """Two models in one trainer. On a CPU both work at once; else one after the other, so the larger pass counts."""
     passing = ("activations", "gathered")
@@ -153,11 +177,17 @@ def trainer(
     )
     if isinstance(stage, RewardModelConfig):
         return trained_model(policy, setting, scalar=True)
+    average = isinstance(stage, PpoConfig) and stage.ema_decay is not None
+    if stage.lora is not None:
+        need = adapted_model(policy, setting, stage.lora.rank, average=average)
+    else:
+        need = trained_model(policy, setting, average=average)
     if isinstance(stage, SftConfig):
-        return trained_model(policy, setting)
-    need = trained_model(policy, setting, average=stage.ema_decay is not None)
+        return need
     if value is not None:
-        need = side_by_side(need, trained_model(value, setting, scalar=True), on_cpu=on_cpu)
+        lora = stage.value_lora
+        second = adapted_model(value, setting, lora.rank, scalar=True) if lora else None
+        need = side_by_side(need, second or trained_model(value, setting, scalar=True), on_cpu=on_cpu)
     if stage.exact_kl:
         need = Need({**need.parts, "reference's LM head": setting.compute_bytes * policy.head_parameters})
     return need

@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from trimtab.models import lora
 from trimtab.models.errors import ModelLoadError, OtherModelError
 from trimtab.models.tokenizers import first_line
 
@@ -53,9 +54,9 @@ def load_pretrained(
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model (in its own dtype) and tokenizer."""
+    """Write model (in its own dtype) and tokenizer; adapters are merged."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=lora.plain_state(model) if lora.is_adapted(model) else None)
     tokenizer.save_pretrained(folder)
 
 

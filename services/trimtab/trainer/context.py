@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from trimtab.models.lora import save_adapter
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.trainer.durable import fsync_file
@@ -124,8 +125,12 @@ class StageContext:
         *,
         lineage: Mapping[str, str],
         metrics: Mapping[str, float],
+        base: ModelVersion | None = None,
     ) -> ModelVersion:
-        """Save a model in its compute dtype and publish it as run/`name`@`step`, the pointer moved to it."""
+        """Save a model in its compute dtype and publish it as run/`name`@`step`, the pointer moved to it.
+
+        With `base` its adapters alone are published, as those of that version.
+        """
         run_id = self.run.snapshot.run_id
         finite = {key: value for key, value in metrics.items() if value == value and abs(value) != float("inf")}
 
@@ -139,12 +144,15 @@ class StageContext:
                 metrics=finite,
                 lease=self.lease,
                 deltas=self._deltas(model),
+                base=base,
             )
             self.store.prune(run_id, name, keep_last=self.keep_versions)
             return manifest.version
 
         with tempfile.TemporaryDirectory(prefix="trimtab-publish-") as folder:
-            if self.ranks.world == 1:
+            if base is not None:
+                save_adapter(model.model, Path(folder), base)
+            elif self.ranks.world == 1:
                 model.save(Path(folder))
             else:
                 save_gathered(model, Path(folder), self.ranks)

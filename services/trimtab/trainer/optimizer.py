@@ -18,14 +18,17 @@ from trimtab.trainer.stages import OptimizerConfig
 
 
 def masters_of(model: torch.nn.Module, compute_dtype: str) -> dict[str, torch.Tensor] | None:
-    """Move a float32 model's parameters to its compute dtype; returns the float32 weights they were rounded from.
+    """Move a float32 model's parameters to its compute dtype; returns the float32 weights that those which train were
+    rounded from.
 
     None for float32. Buffers stay as they are: rounded to bfloat16, the frequencies of rotary positions would turn the
     farther tokens by other angles than in the services, which read the same weights.
     """
     if compute_dtype == "float32":
         return None
-    masters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    masters = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return masters

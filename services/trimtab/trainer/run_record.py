@@ -140,7 +140,7 @@ class RunFolder:
             self._write(replace(record, data=record.data | {name: digest}))
         elif record.data[name] != digest:
             raise OtherDataError(
-                f"{name}: its rows are not those that the run was started with; bring them back, or take another run id"
+                f"{name}: it is not what the run was started with; bring that back, or take another run id"
             )
 
     def _begun(self) -> RunRecord:

@@ -16,6 +16,7 @@ from trimtab.kernels.selfcheck import KernelMismatchError, check_training_kernel
 from trimtab.runtime.errors import ServiceError, StartError, invalid, not_found, precondition
 from trimtab.runtime.logs import get_logger
 from trimtab.runtime.server import ServerContext, Service, serve
+from trimtab.trainer.adapters import check_adapters
 from trimtab.trainer.config import DEFAULT_STORE, TrainerConfig
 from trimtab.trainer.context import StageContext, recall_run
 from trimtab.trainer.durable import held
@@ -81,6 +82,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         check_run_id(request.run_id)
         try:
             stage = stage_from_proto(kind, getattr(request, kind))
+            check_adapters(stage, self._ranks)
         except StageConfigError as error:
             raise invalid(f"{kind}.{error.field}", error.reason) from error
         async with self._starting:

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from trimtab.models import lora
 from trimtab.models.packing import plan_batches
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.models.sharded import local, spread
 from trimtab.runtime.logs import get_logger
+from trimtab.trainer.adapters import adapter_base, attach_adapters
 from trimtab.trainer.context import StageContext
 from trimtab.trainer.data import Tokenized, load_demonstrations, tokenize_demonstrations
 from trimtab.trainer.epochs import EpochOrder
@@ -24,7 +26,7 @@ from trimtab.trainer.forward import TokenBatch, prepare_for_training, residual_d
 from trimtab.trainer.optimizer import MasterWeightOptimizer, learning_rate, masters_of
 from trimtab.trainer.ranks import ALONE, Ranks
 from trimtab.trainer.run import RunFailedError
-from trimtab.trainer.stages import OptimizerConfig, SftConfig, StageConfig
+from trimtab.trainer.stages import LoraConfig, OptimizerConfig, SftConfig, StageConfig
 from trimtab.trainer.state import Tensors, TrainingState, restore_trained, trained_names, trained_tensors
 from trimtab_client import ModelVersion
 
@@ -36,7 +38,8 @@ def run_sft(config: SftConfig, context: StageContext) -> None:
     stage, ranks = config.stage, context.ranks
     context.run.doing("loading the model and the demonstrations")
     policy, train, validation = ranks.in_turn(lambda: _load(config, context))
-    optimizer = make_optimizer(policy, stage, stage.optimizer, ranks)
+    optimizer = make_optimizer(policy, stage, stage.optimizer, ranks, config.lora)
+    base = adapter_base(config, policy, context)
     context.use_threads()
     order = EpochOrder(len(train), config.batch_size, config.epochs, stage.seed)
     progress = _Progress(policy, optimizer, dropout_seed=stage.seed)
@@ -46,13 +49,14 @@ def run_sft(config: SftConfig, context: StageContext) -> None:
 
     def publish(step: int, metrics: dict[str, float]) -> ModelVersion:
         lineage = {"stage": "sft", "data": config.data, "start": stage.model}
-        return context.publish(policy, "policy", step, lineage=lineage, metrics=metrics)
+        return context.publish(policy, "policy", step, lineage=lineage, metrics=metrics, base=base)
 
     with context.open_metrics(order.total_steps, progress.step) as writer:
         for done, batch in order.batches(progress.step):
             rate = learning_rate(stage.optimizer, done, order.total_steps)
             context.run.doing("training")
-            with residual_dropout(policy, config.dropout, progress.dropout_of(done)):
+            masks = progress.dropout_of(done)
+            with residual_dropout(policy, config.dropout, masks), lora.input_dropout(policy.model, masks):
                 loss = accumulate_nll(policy, train, batch, stage.micro_batch_tokens, optimizer)
             norm = optimizer.step(rate)
             step = progress.step = done + 1
@@ -150,9 +154,16 @@ def _load(config: SftConfig, context: StageContext) -> tuple[Policy, TokenBatch,
 
 
 def make_optimizer(
-    model: Policy | ScalarModel, stage: StageConfig, config: OptimizerConfig, ranks: Ranks
+    model: Policy | ScalarModel,
+    stage: StageConfig,
+    config: OptimizerConfig,
+    ranks: Ranks,
+    adapters: LoraConfig | None = None,
+    field: str = "lora",
 ) -> MasterWeightOptimizer:
-    """Make a loaded model ready to train, by all ranks: compute dtype, dropout, shards, masters."""
+    """Make a loaded model ready to train, by all ranks: adapters, compute dtype, dropout, shards, masters."""
+    if adapters is not None:
+        attach_adapters(model, adapters, stage.seed, field)
     prepare_for_training(model.model, activation_checkpointing=stage.activation_checkpointing)
     if ranks.world == 1:
         return MasterWeightOptimizer(model.model, config, masters_of(model.model, stage.compute_dtype))

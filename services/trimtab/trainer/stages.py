@@ -65,6 +65,24 @@ class StageConfig(_Config):
     checkpoint_every_steps: Count = 20
 
 
+class LoraConfig(_Config):
+    """Low-rank adapters (arXiv:2106.09685): W + alpha / rank · B A, of which B and A train and W stays.
+
+    Attributes:
+        dropout: of the adapters' inputs while SFT trains.
+        target_modules: names, or ends of names, of linear layers in the model's body; none: all of them.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    alpha: Positive = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+
+
+Publish = Literal["merged", "adapter"]
+"""Whole models, or adapters alone on a base version that is in the store."""
+
+
 class SftConfig(_Config):
     """Supervised fine-tuning on demonstrations."""
 
@@ -75,6 +93,21 @@ class SftConfig(_Config):
     batch_size: Count = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     evaluate_every_steps: Count = 100
+    lora: LoraConfig | None = None
+    publish: Publish = "merged"
+
+    @field_validator("publish")
+    @classmethod
+    def _has_adapters(cls, publish: Publish, others: ValidationInfo) -> Publish:
+        return _adapters_only_with_lora(publish, others)
+
+    @field_validator("dropout", "lora")
+    @classmethod
+    def _drops_the_same(cls, value: float | LoraConfig | None, others: ValidationInfo) -> float | LoraConfig | None:
+        stage, drops = others.data.get("stage"), value.dropout if isinstance(value, LoraConfig) else value
+        if drops and stage is not None and stage.activation_checkpointing:
+            raise ValueError("dropout needs activation_checkpointing: false (a layer computed anew drops other inputs)")
+        return value
 
 
 class RewardModelConfig(_Config):
@@ -91,6 +124,12 @@ class RewardModelConfig(_Config):
     normalization_max_tokens: Count = 128
 
 
+def _adapters_only_with_lora(publish: Publish, others: ValidationInfo) -> Publish:
+    if publish == "adapter" and others.data.get("lora", True) is None:
+        raise ValueError("there are no adapters without lora; set lora, or publish: merged")
+    return publish
+
+
 class PpoConfig(_Config):
     """PPO against a reward service, a reference service and a generator service.
 
@@ -104,6 +143,7 @@ class PpoConfig(_Config):
             mean of all its samples, over their deviation.
         ema_decay: of the policy's moving average, a step; InstructGPT's is 0.992.
         ptx_coefficient: InstructGPT's, of the mean NLL a token of `ptx_data`.
+        lora, value_lora: train adapters of the policy; of the value model adapters and the head.
     """
 
     stage: StageConfig
@@ -150,6 +190,21 @@ class PpoConfig(_Config):
     ptx_data: str = ""
     ptx_coefficient: Positive = 27.8
     ptx_batch_size: Count | None = None
+    lora: LoraConfig | None = None
+    value_lora: LoraConfig | None = None
+    publish: Publish = "merged"
+
+    @field_validator("publish")
+    @classmethod
+    def _has_adapters(cls, publish: Publish, others: ValidationInfo) -> Publish:
+        return _adapters_only_with_lora(publish, others)
+
+    @field_validator("lora", "value_lora")
+    @classmethod
+    def _drops_nothing(cls, lora: LoraConfig | None) -> LoraConfig | None:
+        if lora is not None and lora.dropout:
+            raise ValueError("dropout must be 0 in PPO: its ratios are those of the policy that sampled")
+        return lora
 
     @field_validator("kl_loss_coefficient")
     @classmethod
@@ -178,6 +233,8 @@ class PpoConfig(_Config):
             raise ValueError(f"advantage '{self.advantage}' needs samples_per_prompt of at least 2")
         if self.advantage != "gae" and self.value_warmup_steps:
             raise ValueError(f"value_warmup_steps: advantage '{self.advantage}' has no value model to warm up")
+        if self.advantage != "gae" and self.value_lora is not None:
+            raise ValueError(f"value_lora: advantage '{self.advantage}' has no value model")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("min_new_tokens is above max_new_tokens")
         if self.publish_every_steps != 1:

@@ -46,7 +46,7 @@ def delta_on_current(
     model = Model(full.version.run_id, full.version.name)
     pointer = catalog.pointer(model)
     parent = catalog.find(model, pointer.step) if pointer else None
-    if parent is None or parent.version.step >= full.version.step:
+    if parent is None or parent.kind == "adapter" or parent.version.step >= full.version.step:
         return None
     try:
         if len(chain_of(catalog, parent)) >= deltas.full_every:

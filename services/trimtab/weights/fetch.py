@@ -7,22 +7,25 @@ few versions used last are kept per model, older ones go.
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from trimtab.weights.adapters import merge
 from trimtab.weights.backend import Backend
 from trimtab.weights.catalog import Catalog
-from trimtab.weights.chain import chain_of
+from trimtab.weights.chain import base_of, chain_of
 from trimtab.weights.delta_apply import Layer, rebuild
 from trimtab.weights.delta_file import DELTA_FILE, DeltaReader
 from trimtab.weights.errors import CorruptVersionError
 from trimtab.weights.folder import check_readable, verify_files, verify_folder
 from trimtab.weights.layout import STAGING, check_name, step_name, version_folder
-from trimtab.weights.manifest import Manifest
+from trimtab.weights.manifest import FORMAT, Manifest
 from trimtab.weights.staging import discard, locked, staging_folder
 
 KEPT_VERSIONS = 3
+MERGED = ".merged.json"  # beside merged files: what they are, for the next fetch to verify
 
 
 def default_cache_dir() -> Path:
@@ -33,7 +36,7 @@ def default_cache_dir() -> Path:
 
 
 def fetch(backend: Backend, manifest: Manifest, cache_dir: Path | None) -> Path:
-    """A local folder with the version's files, every byte verified now.
+    """A local folder with the version's files, every byte verified now; of an adapter, merged into its base.
 
     Raises CorruptVersionError if they are not what the manifest says, OSError.
     """
@@ -77,6 +80,8 @@ def verify(backend: Backend, manifest: Manifest) -> None:
     if folder is not None:
         verify_folder(folder, manifest)
         return
+    if manifest.kind == "adapter":
+        base_of(Catalog(backend), manifest)
     with tempfile.TemporaryDirectory(prefix="trimtab-verify-") as copy:
         _make_copy(backend, manifest, Path(copy), None)
 
@@ -86,12 +91,24 @@ def pull(backend: Backend, manifest: Manifest, target: Path) -> None:
 
     Raises FileExistsError if something is there, CorruptVersionError, OSError.
     """
+    _appear(target, lambda folder: _make_copy(backend, manifest, folder, None))
+
+
+def merge_out(backend: Backend, manifest: Manifest, target: Path) -> None:
+    """As ``pull``, with an adapter merged into its base: a folder for from_pretrained.
+
+    Raises FileExistsError if something is there, CorruptVersionError, OSError.
+    """
+    _appear(target, lambda folder: _make_plain(backend, manifest, folder, None))
+
+
+def _appear(target: Path, fill: Callable[[Path], None]) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(target)
     area = target.parent / f".{target.name}{STAGING}"
     try:
         with staging_folder(area) as folder:
-            _make_copy(backend, manifest, folder, None)
+            fill(folder)
             folder.rename(target)
     finally:
         shutil.rmtree(area, ignore_errors=True)
@@ -112,14 +129,14 @@ def _cached_copy(backend: Backend, manifest: Manifest, cache_dir: Path) -> Path:
     target, area = _cache_place(manifest, cache_dir)
     if target.is_dir():
         try:
-            verify_folder(target, manifest.plain)
+            _verify_copy(target, manifest)
         except CorruptVersionError:
             with locked(area):
                 if target.is_dir():
                     discard(area, target)
     if not target.is_dir():
         with staging_folder(area) as folder:
-            _make_copy(backend, manifest, folder, cache_dir)
+            _make_plain(backend, manifest, folder, cache_dir)
             with locked(area):
                 if not target.exists():
                     folder.rename(target)
@@ -142,9 +159,44 @@ def _forget_old_copies(model: Path, area: Path) -> None:
             discard(area, old)
 
 
+def _verify_copy(folder: Path, manifest: Manifest) -> None:
+    """Raises CorruptVersionError unless a copy in the cache is what was put there."""
+    if manifest.kind != "adapter":
+        verify_folder(folder, manifest.plain)
+        return
+    try:
+        merged = Manifest.from_json((folder / MERGED).read_bytes(), str(folder / MERGED))
+    except FileNotFoundError as error:
+        raise CorruptVersionError(f"{folder} has no {MERGED}") from error
+    verify_files(folder, merged)
+
+
+def _make_plain(backend: Backend, manifest: Manifest, folder: Path, cache_dir: Path | None) -> None:
+    """Fills an empty folder with what from_pretrained takes: an adapter is merged into its base."""
+    if manifest.kind != "adapter":
+        _make_copy(backend, manifest, folder, cache_dir)
+        return
+    base = base_of(Catalog(backend), manifest)
+    with tempfile.TemporaryDirectory(prefix=".base-", dir=folder) as scratch:
+        adapter, whole = Path(scratch) / "adapter", Path(scratch) / "base"
+        adapter.mkdir()
+        _copy_files(backend, manifest, adapter)
+        if cache_dir is not None:
+            whole = fetch(backend, base, cache_dir)
+        elif (own := _own_folder(backend, base)) is not None:
+            verify_folder(own, base)
+            whole = own
+        else:
+            whole.mkdir()
+            _make_plain(backend, base, whole, None)
+        files = merge(whole, adapter, folder, manifest.version)
+    merged = replace(manifest, kind="full", files=files, parent_digest=None, files_folder="", format=FORMAT)
+    (folder / MERGED).write_bytes(merged.to_json())
+
+
 def _make_copy(backend: Backend, manifest: Manifest, folder: Path, cache_dir: Path | None) -> None:
     """Fills an empty folder with a version's plain files, verified; a delta is rebuilt, with what the cache has."""
-    if manifest.kind == "full":
+    if manifest.kind != "delta":
         _copy_files(backend, manifest, folder)
         return
     chain = chain_of(Catalog(backend), manifest)

@@ -15,7 +15,8 @@ from trimtab_client import ModelVersion
 
 FORMAT = 1
 DELTA_FORMAT = 2  # what a release that knows no deltas must refuse to read
-Kind = Literal["full", "delta"]
+ADAPTER_FORMAT = 3
+Kind = Literal["full", "delta", "adapter"]
 Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
 
 
@@ -34,7 +35,8 @@ class Manifest:
 
     ``version.digest`` is the digest of the content; ``files`` are sorted by name; ``parent`` names the version this
     one was made from. For ``kind`` 'delta' it is the one to apply it to, whose digest is ``parent_digest``, and
-    ``content`` are the files of the plain folder that comes out; ``lineage`` says where it came from
+    ``content`` are the files of the plain folder that comes out; for 'adapter' it is the base that its files, a peft
+    folder, go with; ``lineage`` says where it came from
     (data, reward version…); ``metrics`` are numbers about it; ``files_folder`` is where the files lie relative to the
     manifest ('' beside it); ``lease_token`` is the lease under which it was to become current, 0 without; ``format`` is
     the number of this layout.
@@ -61,7 +63,7 @@ class Manifest:
     @property
     def plain(self) -> "Manifest":
         """The same version as a plain folder has it: the files that a delta is rebuilt to."""
-        if self.kind == "full":
+        if self.kind != "delta":
             return self
         return replace(self, kind="full", files=self.content, content=(), format=FORMAT)
 
@@ -108,12 +110,14 @@ class Manifest:
             raise CorruptVersionError(f"{where} is not a manifest: {place}: {first['msg']}") from error
         except InvalidNameError as error:
             raise CorruptVersionError(f"{where} is not a safe manifest: {error}") from error
-        if record.format > DELTA_FORMAT:
+        if record.format > ADAPTER_FORMAT:
             raise CorruptVersionError(
-                f"{where} has format {record.format}, this release reads up to {DELTA_FORMAT}: upgrade trimtab"
+                f"{where} has format {record.format}, this release reads up to {ADAPTER_FORMAT}: upgrade trimtab"
             )
         if record.kind == "delta" and not (record.parent and record.parent_digest and record.content):
             raise CorruptVersionError(f"{where} is not a manifest: a delta has a parent, its digest and a content")
+        if record.kind == "adapter" and not (record.parent and record.parent_digest):
+            raise CorruptVersionError(f"{where} is not a manifest: an adapter has a base and its digest")
         return cls(
             version=ModelVersion(run_id=record.run_id, name=record.name, step=record.step, digest=record.digest),
             files=_entries(record.files),

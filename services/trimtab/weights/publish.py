@@ -15,17 +15,24 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from trimtab.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trimtab.weights.backend import ChangedMeanwhileError, PointerMove, Staged
 from trimtab.weights.catalog import Catalog, Model
-from trimtab.weights.chain import chain_of
+from trimtab.weights.chain import base_of, chain_of
 from trimtab.weights.delta_publish import Deltas, delta_on_current
 from trimtab.weights.digests import TensorDigest, content_digest, folder_digests
-from trimtab.weights.errors import LeaseLostError, StepOrderError, StoreUnavailableError, VersionConflictError
+from trimtab.weights.errors import (
+    LeaseLostError,
+    RefusedFileError,
+    StepOrderError,
+    StoreUnavailableError,
+    VersionConflictError,
+)
 from trimtab.weights.fetch import adopt
 from trimtab.weights.folder import publishable_files
 from trimtab.weights.layout import MANIFEST, POINTER, check_step, step_name
 from trimtab.weights.lease import Lease, refuse_if_held
-from trimtab.weights.manifest import Manifest, Pointer
+from trimtab.weights.manifest import ADAPTER_FORMAT, FORMAT, Kind, Manifest, Pointer
 from trimtab_client import ModelVersion
 
 _POINTER_ATTEMPTS = 16
@@ -33,7 +40,7 @@ _POINTER_ATTEMPTS = 16
 
 @dataclass(frozen=True)
 class Publication:
-    """One folder to publish as ``model`` at ``step``."""
+    """One folder to publish as ``model`` at ``step``; with ``base`` it holds adapters on that version."""
 
     folder: Path
     model: Model
@@ -44,6 +51,7 @@ class Publication:
     set_current: bool = True
     lease: Lease | None = None
     deltas: Deltas | None = None
+    base: ModelVersion | None = None
 
     def __post_init__(self) -> None:
         if self.lease is not None and self.lease.run_id != self.model.run_id:
@@ -54,14 +62,16 @@ def publish(catalog: Catalog, publication: Publication) -> Manifest:
     """Publishes, or finds that it was published already; returns the manifest in the store.
 
     Raises RefusedFileError, VersionConflictError, StepOrderError, InvalidNameError, LeaseHeldError, LeaseLostError,
-    OSError.
+    OSError; for adapters what `base_of` raises.
     """
     full, tensors = _describe(publication)
+    if full.kind == "adapter":
+        base_of(catalog, full)
     with _taking_effect(catalog, publication.model, publication.lease):
         known = _known(catalog, full, publication)
     if known is not None:
         return known
-    if publication.deltas is None:
+    if publication.deltas is None or full.kind == "adapter":
         return _publish_folder(catalog, publication, publication.folder, full)
     with tempfile.TemporaryDirectory(prefix="trimtab-delta-") as scratch:
         delta = delta_on_current(catalog, full, tensors, publication.folder, publication.deltas, Path(scratch))
@@ -115,18 +125,26 @@ def _taking_effect(catalog: Catalog, model: Model, lease: Lease | None) -> Itera
 
 
 def _describe(publication: Publication) -> tuple[Manifest, list[TensorDigest]]:
-    """The manifest of a full version, and its tensors' identities."""
+    """The manifest of a full version or an adapter, and its tensors' identities."""
     check_step(publication.step)
     model = publication.model
     _ = model.folder  # refuses bad names before any file is read
     files = publishable_files(publication.folder)
     tensors, others = folder_digests(publication.folder, [entry.name for entry in files])
     digest = content_digest(tensors, others)
+    kind: Kind = "full"
+    if publication.base is not None:
+        kind = "adapter"
+        if not (publication.folder / ADAPTER_CONFIG).is_file() or not (publication.folder / ADAPTER_WEIGHTS).is_file():
+            raise RefusedFileError(f"{publication.folder} is no peft folder: it needs {ADAPTER_CONFIG} and its weights")
     manifest = Manifest(
         version=ModelVersion(run_id=model.run_id, name=model.name, step=publication.step, digest=digest),
         files=tuple(files),
         created_at=datetime.now(UTC),
-        parent=publication.parent,
+        parent=publication.parent if publication.base is None else str(publication.base),
+        parent_digest=publication.base.digest if publication.base else None,
+        kind=kind,
+        format=FORMAT if publication.base is None else ADAPTER_FORMAT,
         lineage=dict(publication.lineage),
         metrics={name: float(value) for name, value in publication.metrics.items()},
         lease_token=publication.lease.token if publication.lease and publication.set_current else 0,

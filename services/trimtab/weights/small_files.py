@@ -6,19 +6,22 @@ from blake3 import blake3
 
 from trimtab.weights.backend import Backend
 from trimtab.weights.catalog import Catalog
-from trimtab.weights.chain import chain_of
+from trimtab.weights.chain import base_of, chain_of
 from trimtab.weights.errors import CorruptVersionError, StoreUnavailableError, VersionNotFoundError
 from trimtab.weights.fetch import files_path
 from trimtab.weights.manifest import Manifest
 
 
 def read_file(catalog: Catalog, manifest: Manifest, name: str) -> bytes:
-    """One file as the version's plain folder has it, verified; of a delta, from wherever in its chain it lies whole.
+    """One file as the version's plain folder has it, verified; of a delta, from wherever in its chain it lies whole,
+    of an adapter from its base where it is none of its own.
 
     Raises VersionNotFoundError for a name that the version does not have, CorruptVersionError, and for deltas what
     `chain_of` raises.
     """
     wanted = next((entry for entry in manifest.plain.files if entry.name == name), None)
+    if wanted is None and manifest.kind == "adapter":
+        return read_file(catalog, base_of(catalog, manifest), name)
     if wanted is None:
         raise VersionNotFoundError(f"{manifest.version} has no file {name}")
     for link in reversed(chain_of(catalog, manifest)):

@@ -79,18 +79,31 @@ class Store:
         set_current: bool = True,
         lease: Lease | None = None,
         deltas: Deltas | None = None,
+        base: ModelVersion | None = None,
     ) -> Manifest:
         """Publishes a folder of safetensors, config and tokenizer as run_id/name@step and makes it current.
 
         The same content at the same step again is a no-op. With ``deltas`` only what changed since the current
-        version goes into the store, where that is smaller. Raises VersionConflictError for other content at a step
+        version goes into the store, where that is smaller. With ``base`` the folder is peft's, with adapters on that
+        version, which is pinned. Raises VersionConflictError for other content at a step
         that is taken, StepOrderError for a step below the highest published, RefusedFileError for what is not to be
         published, InvalidNameError, StoreFullError (the version before stays current, nothing visible changed),
         LeaseLostError if ``lease`` is stale, LeaseHeldError without one while somebody holds the run's.
         """
         publication = Publication(
-            Path(folder), Model(run_id, name), step, parent, lineage or {}, metrics or {}, set_current, lease, deltas
+            Path(folder),
+            Model(run_id, name),
+            step,
+            parent,
+            lineage or {},
+            metrics or {},
+            set_current,
+            lease,
+            deltas,
+            base,
         )
+        if base is not None and base.step not in self.pinned_steps(base.run_id, base.name):
+            self.pin(base.run_id, base.name, base.step, f"base of {run_id}/{name}")
         with self._doing("publishing to"):
             return publish(self._catalog, publication)
 
@@ -159,7 +172,7 @@ class Store:
         """A local folder with the version's files, every byte verified; ``from_pretrained(folder)`` works on it.
 
         In a local store a full version is its own folder: read it, never write to it. Else a copy, of a delta
-        rebuilt from its parent, in ``cache_dir``
+        rebuilt from its parent, of an adapter merged into its base, in ``cache_dir``
         (default ``$TRIMTAB_CACHE`` or the user's cache folder), of which the last few per model are kept.
         Raises VersionNotFoundError, VersionConflictError if ``version`` carries another digest, CorruptVersionError,
         StoreFullError if the cache's disk is full.
@@ -198,6 +211,19 @@ class Store:
         with self._doing("pulling from"):
             try:
                 fetching.pull(self._backend, manifest, folder)
+            except FileExistsError as error:
+                raise InvalidNameError(f"{folder} is there and not empty: name a new folder") from error
+        return manifest
+
+    def merge(self, version: ModelVersion | Manifest, folder: Path) -> Manifest:
+        """Makes ``folder`` (absent or empty) what from_pretrained takes: an adapter is merged into its base.
+
+        Raises InvalidNameError if something is there, MergeError.
+        """
+        manifest = self._resolve(version)
+        with self._doing("merging from"):
+            try:
+                fetching.merge_out(self._backend, manifest, folder)
             except FileExistsError as error:
                 raise InvalidNameError(f"{folder} is there and not empty: name a new folder") from error
         return manifest

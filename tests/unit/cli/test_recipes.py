@@ -6,13 +6,14 @@ import pytest
 
 from trimtab.cli.settings import read_yaml
 from trimtab.cli.stage_config import stage_config
-from trimtab.trainer.stages import PpoConfig, stage_from_proto
+from trimtab.trainer.stages import LoraConfig, PpoConfig, stage_from_proto
 
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
 SWITCHED_ON = {
     "adaptive-kl": {"adaptive_kl_target": 6.0},
     "ema": {"ema_decay": 0.992},
     "grpo": {"advantage": "grpo", "samples_per_prompt": 8},
+    "lora": {"publish": "adapter", "lora": LoraConfig(rank=16, alpha=32), "value_lora": LoraConfig(rank=16, alpha=32)},
     "overlap": {"max_staleness": 1},
     "ptx": {"ptx_data": "pretraining.jsonl", "ptx_coefficient": 27.8},
     "rloo": {"advantage": "group", "samples_per_prompt": 4},

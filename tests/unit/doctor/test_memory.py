@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from trimtab.doctor import memory
 from trimtab.doctor.shapes import UnknownShapeError, shape_of
 from trimtab.generator.local.runner import ModelRunner
-from trimtab.models import attention, last_layer, norms, rotary
+from trimtab.models import attention, last_layer, lora, norms, rotary
 from trimtab.models.packing import pack
 from trimtab.models.policy import body_forward
 
@@ -108,11 +108,25 @@ def test_more_ranks_share_what_is_kept_and_not_what_passes():
     assert "gathered" in eight.parts and "gathered" not in one.parts
 
 
+def test_adapters_are_counted_as_they_are_and_the_rest_is_frozen(tmp_path):
+    model = llama(3)
+    model.save_pretrained(tmp_path)
+    shape, setting = shape_of(str(tmp_path), None), memory.Setting(4, 64, 64, False, True)
+    lora.attach(model, rank=4, alpha=8.0, dropout=0.0, targets=(), seed=0, field="lora")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    need, whole = memory.adapted_model(shape, setting, 4), memory.trained_model(shape, setting)
+    assert need.parts["adapters"] == 16 * trained and need.parts["frozen weights"] == 4 * shape.parameters
+    assert need.total < whole.total
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", "no"), ("bfloat16", "no"), ("bfloat16", "yes")])
-def test_a_ppo_step_takes_the_memory_that_was_reckoned(dtype, checkpointing):
-    command = [sys.executable, str(SCRIPT), dtype, checkpointing]
+@pytest.mark.parametrize(
+    ("dtype", "checkpointing", "adapters"),
+    [("float32", "no", "no"), ("bfloat16", "no", "no"), ("bfloat16", "yes", "no"), ("float32", "no", "yes")],
+)
+def test_a_ppo_step_takes_the_memory_that_was_reckoned(dtype, checkpointing, adapters):
+    command = [sys.executable, str(SCRIPT), dtype, checkpointing, adapters]
     environment = os.environ | GIVE_BACK | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     estimate, measured = json.loads(result.stdout.splitlines()[-1])

@@ -1,4 +1,5 @@
-"""Prints what the doctor reckons a PPO trainer's memory to be and what it really was: `… DTYPE CHECKPOINTING`.
+"""Prints what the doctor reckons a PPO trainer's memory to be and what it really was: `… DTYPE CHECKPOINTING
+ADAPTERS`.
 
 Two JSON numbers of bytes: the estimate, and the most that the process held in a step beyond what it held before it had
 a model. Run with malloc giving freed memory back at once, so that the process's size is what is in use.
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from trimtab.doctor import memory, shapes
 from trimtab.models.policy import Policy
+from trimtab.trainer.adapters import attach_adapters
 from trimtab.trainer.forward import prepare_for_training
 from trimtab.trainer.optimizer import MasterWeightOptimizer, masters_of
 from trimtab.trainer.ppo.experience import Episode, gather_experience
@@ -29,6 +31,8 @@ EPISODES, LENGTH = 8, 300
 
 def make_update(folder: str, stage: PpoConfig) -> PpoUpdate:
     policy = Policy.load(folder)
+    if stage.lora is not None:
+        attach_adapters(policy, stage.lora, 0, "lora")
     masters = masters_of(policy.model, stage.stage.compute_dtype)
     prepare_for_training(policy.model, activation_checkpointing=stage.stage.activation_checkpointing)
     optimizer = MasterWeightOptimizer(policy.model, OptimizerConfig(), masters)
@@ -47,7 +51,7 @@ def step(update: PpoUpdate) -> None:
     update.optimize(experience, epoch, update.fix_targets(experience, epoch, 0.02), 1e-4, 1e-4)
 
 
-def run(sizes: tuple[int, int, int, int], dtype: str, checkpointing: bool) -> tuple[int, int]:
+def run(sizes: tuple[int, int, int, int], dtype: str, checkpointing: bool, adapters: bool) -> tuple[int, int]:
     hidden, intermediate, layers, vocabulary = sizes
     torch.manual_seed(0)
     shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
@@ -57,6 +61,7 @@ def run(sizes: tuple[int, int, int, int], dtype: str, checkpointing: bool) -> tu
         AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
         settings = {"compute_dtype": dtype, "activation_checkpointing": checkpointing, "micro_batch_tokens": 1200}
         values = {"prompts": "-", "batch_size": EPISODES, "minibatch_size": EPISODES, "advantage": "group"}
+        values |= {"lora": {"rank": 16}} if adapters else {}
         shared = {"model": folder, "max_length": LENGTH, **settings}
         stage = parse_stage("ppo", {**values, "samples_per_prompt": 2, "stage": shared})
         assert isinstance(stage, PpoConfig)
@@ -76,6 +81,6 @@ def size_bytes(name: str) -> int:
 
 
 if __name__ == "__main__":
-    dtype, checkpointing = sys.argv[1], sys.argv[2] == "yes"
-    run((64, 128, 1, 512), dtype, checkpointing)  # the libraries' own memory
-    print(json.dumps(run((256, 688, 6, 16_000), dtype, checkpointing)))
+    dtype, checkpointing, adapters = sys.argv[1], sys.argv[2] == "yes", sys.argv[3] == "yes"
+    run((64, 128, 1, 512), dtype, checkpointing, adapters)  # the libraries' own memory
+    print(json.dumps(run((256, 688, 6, 16_000), dtype, checkpointing, adapters)))

@@ -135,7 +135,7 @@ def test_data_that_changed_meanwhile_is_refused(tmp_path):
     folder.check_data("data", rows)
     folder.begin("sft", sft())
     folder.check_data("data", rows)
-    with pytest.raises(OtherDataError, match="data: its rows are not those"):
+    with pytest.raises(OtherDataError, match="data: it is not what"):
         folder.check_data("data", rows[::-1])
 
 

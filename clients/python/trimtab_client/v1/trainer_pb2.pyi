@@ -117,6 +117,52 @@ class OptimizerConfig(_message.Message):
 Global___OptimizerConfig: _TypeAlias = OptimizerConfig  # noqa: Y015
 
 @_typing.final
+class LoraConfig(_message.Message):
+    """Low-rank adapters on linear layers; all else of the model stays as it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    DROPOUT_FIELD_NUMBER: _builtins.int
+    TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    alpha: _builtins.float
+    """The adapters' part is multiplied by alpha / rank."""
+    dropout: _builtins.float
+    """Of the adapters' inputs while training; SFT only."""
+    @_builtins.property
+    def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names, or ends of names, of linear layers of the model's body; none: all of them."""
+
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int | None = ...,
+        alpha: _builtins.float | None = ...,
+        dropout: _builtins.float | None = ...,
+        target_modules: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "target_modules", b"target_modules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
+    _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__dropout: _TypeAlias = _typing.Literal["dropout"]  # noqa: Y015
+    _WhichOneofArgType__dropout: _TypeAlias = _typing.Literal["_dropout", b"_dropout"]  # noqa: Y015
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dropout) -> _WhichOneofReturnType__dropout | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+
+Global___LoraConfig: _TypeAlias = LoraConfig  # noqa: Y015
+
+@_typing.final
 class StageConfig(_message.Message):
     """What the three stages share."""
 
@@ -206,6 +252,8 @@ class SftConfig(_message.Message):
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     DROPOUT_FIELD_NUMBER: _builtins.int
     EVALUATE_EVERY_STEPS_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
+    PUBLISH_FIELD_NUMBER: _builtins.int
     data: _builtins.str
     validation_data: _builtins.str
     epochs: _builtins.int
@@ -213,8 +261,14 @@ class SftConfig(_message.Message):
     dropout: _builtins.float
     """Residual dropout of the forward pass while training."""
     evaluate_every_steps: _builtins.int
+    publish: _builtins.str
+    """"merged": versions are whole models; "adapter": the adapters alone, on a base version that is in the store."""
     @_builtins.property
     def stage(self) -> Global___StageConfig: ...
+    @_builtins.property
+    def lora(self) -> Global___LoraConfig:
+        """Train adapters instead of the whole policy."""
+
     def __init__(
         self,
         *,
@@ -225,10 +279,12 @@ class SftConfig(_message.Message):
         batch_size: _builtins.int | None = ...,
         dropout: _builtins.float | None = ...,
         evaluate_every_steps: _builtins.int | None = ...,
+        lora: Global___LoraConfig | None = ...,
+        publish: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_data", b"_data", "_dropout", b"_dropout", "_epochs", b"_epochs", "_evaluate_every_steps", b"_evaluate_every_steps", "_validation_data", b"_validation_data", "batch_size", b"batch_size", "data", b"data", "dropout", b"dropout", "epochs", b"epochs", "evaluate_every_steps", b"evaluate_every_steps", "stage", b"stage", "validation_data", b"validation_data"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_data", b"_data", "_dropout", b"_dropout", "_epochs", b"_epochs", "_evaluate_every_steps", b"_evaluate_every_steps", "_publish", b"_publish", "_validation_data", b"_validation_data", "batch_size", b"batch_size", "data", b"data", "dropout", b"dropout", "epochs", b"epochs", "evaluate_every_steps", b"evaluate_every_steps", "lora", b"lora", "publish", b"publish", "stage", b"stage", "validation_data", b"validation_data"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_data", b"_data", "_dropout", b"_dropout", "_epochs", b"_epochs", "_evaluate_every_steps", b"_evaluate_every_steps", "_validation_data", b"_validation_data", "batch_size", b"batch_size", "data", b"data", "dropout", b"dropout", "epochs", b"epochs", "evaluate_every_steps", b"evaluate_every_steps", "stage", b"stage", "validation_data", b"validation_data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_data", b"_data", "_dropout", b"_dropout", "_epochs", b"_epochs", "_evaluate_every_steps", b"_evaluate_every_steps", "_publish", b"_publish", "_validation_data", b"_validation_data", "batch_size", b"batch_size", "data", b"data", "dropout", b"dropout", "epochs", b"epochs", "evaluate_every_steps", b"evaluate_every_steps", "lora", b"lora", "publish", b"publish", "stage", b"stage", "validation_data", b"validation_data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -240,6 +296,8 @@ class SftConfig(_message.Message):
     _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
     _WhichOneofReturnType__evaluate_every_steps: _TypeAlias = _typing.Literal["evaluate_every_steps"]  # noqa: Y015
     _WhichOneofArgType__evaluate_every_steps: _TypeAlias = _typing.Literal["_evaluate_every_steps", b"_evaluate_every_steps"]  # noqa: Y015
+    _WhichOneofReturnType__publish: _TypeAlias = _typing.Literal["publish"]  # noqa: Y015
+    _WhichOneofArgType__publish: _TypeAlias = _typing.Literal["_publish", b"_publish"]  # noqa: Y015
     _WhichOneofReturnType__validation_data: _TypeAlias = _typing.Literal["validation_data"]  # noqa: Y015
     _WhichOneofArgType__validation_data: _TypeAlias = _typing.Literal["_validation_data", b"_validation_data"]  # noqa: Y015
     @_typing.overload
@@ -252,6 +310,8 @@ class SftConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluate_every_steps) -> _WhichOneofReturnType__evaluate_every_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__publish) -> _WhichOneofReturnType__publish | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_data) -> _WhichOneofReturnType__validation_data | None: ...
 
@@ -383,6 +443,9 @@ class PpoConfig(_message.Message):
     PTX_COEFFICIENT_FIELD_NUMBER: _builtins.int
     PTX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     REWARD_SCORER_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
+    VALUE_LORA_FIELD_NUMBER: _builtins.int
+    PUBLISH_FIELD_NUMBER: _builtins.int
     prompts: _builtins.str
     value_model: _builtins.str
     """The reward model that the value model starts from; "" means a fresh head on the policy."""
@@ -444,10 +507,20 @@ class PpoConfig(_message.Message):
     """Texts of it a minibatch; unset: minibatch_size."""
     reward_scorer: _builtins.str
     """Which of the reward service's scorers; "" is its default one."""
+    publish: _builtins.str
+    """"merged": versions are whole policies; "adapter": the adapters alone, on a base version that is in the store."""
     @_builtins.property
     def stage(self) -> Global___StageConfig: ...
     @_builtins.property
     def value_optimizer(self) -> Global___OptimizerConfig: ...
+    @_builtins.property
+    def lora(self) -> Global___LoraConfig:
+        """Train adapters instead of the whole policy."""
+
+    @_builtins.property
+    def value_lora(self) -> Global___LoraConfig:
+        """Train adapters and the head instead of the whole value model."""
+
     def __init__(
         self,
         *,
@@ -493,10 +566,13 @@ class PpoConfig(_message.Message):
         ptx_coefficient: _builtins.float | None = ...,
         ptx_batch_size: _builtins.int | None = ...,
         reward_scorer: _builtins.str | None = ...,
+        lora: Global___LoraConfig | None = ...,
+        value_lora: Global___LoraConfig | None = ...,
+        publish: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adaptive_kl_horizon", b"_adaptive_kl_horizon", "_adaptive_kl_target", b"_adaptive_kl_target", "_advantage", b"_advantage", "_batch_size", b"_batch_size", "_clip_range", b"_clip_range", "_ema_decay", b"_ema_decay", "_entropy_coefficient", b"_entropy_coefficient", "_gae_lambda", b"_gae_lambda", "_gamma", b"_gamma", "_generator_address", b"_generator_address", "_ignore_eos", b"_ignore_eos", "_importance_weight_cap", b"_importance_weight_cap", "_inner_epochs", b"_inner_epochs", "_kl", b"_kl", "_kl_coefficient", b"_kl_coefficient", "_kl_loss_coefficient", b"_kl_loss_coefficient", "_max_new_tokens", b"_max_new_tokens", "_max_staleness", b"_max_staleness", "_min_new_tokens", b"_min_new_tokens", "_minibatch_size", b"_minibatch_size", "_no_eos_score", b"_no_eos_score", "_prompts", b"_prompts", "_ptx_batch_size", b"_ptx_batch_size", "_ptx_coefficient", b"_ptx_coefficient", "_ptx_data", b"_ptx_data", "_publish_every_steps", b"_publish_every_steps", "_reference_address", b"_reference_address", "_reward_address", b"_reward_address", "_reward_scorer", b"_reward_scorer", "_samples_per_prompt", b"_samples_per_prompt", "_score_text", b"_score_text", "_service_timeout_s", b"_service_timeout_s", "_steps", b"_steps", "_target_approx_kl", b"_target_approx_kl", "_temperature", b"_temperature", "_value_clip_range", b"_value_clip_range", "_value_coefficient", b"_value_coefficient", "_value_model", b"_value_model", "_value_optimizer", b"_value_optimizer", "_value_warmup_steps", b"_value_warmup_steps", "_whiten_rewards", b"_whiten_rewards", "adaptive_kl_horizon", b"adaptive_kl_horizon", "adaptive_kl_target", b"adaptive_kl_target", "advantage", b"advantage", "batch_size", b"batch_size", "clip_range", b"clip_range", "ema_decay", b"ema_decay", "entropy_coefficient", b"entropy_coefficient", "gae_lambda", b"gae_lambda", "gamma", b"gamma", "generator_address", b"generator_address", "ignore_eos", b"ignore_eos", "importance_weight_cap", b"importance_weight_cap", "inner_epochs", b"inner_epochs", "kl", b"kl", "kl_coefficient", b"kl_coefficient", "kl_loss_coefficient", b"kl_loss_coefficient", "max_new_tokens", b"max_new_tokens", "max_staleness", b"max_staleness", "min_new_tokens", b"min_new_tokens", "minibatch_size", b"minibatch_size", "no_eos_score", b"no_eos_score", "prompts", b"prompts", "ptx_batch_size", b"ptx_batch_size", "ptx_coefficient", b"ptx_coefficient", "ptx_data", b"ptx_data", "publish_every_steps", b"publish_every_steps", "reference_address", b"reference_address", "reward_address", b"reward_address", "reward_scorer", b"reward_scorer", "samples_per_prompt", b"samples_per_prompt", "score_text", b"score_text", "service_timeout_s", b"service_timeout_s", "stage", b"stage", "steps", b"steps", "target_approx_kl", b"target_approx_kl", "temperature", b"temperature", "value_clip_range", b"value_clip_range", "value_coefficient", b"value_coefficient", "value_model", b"value_model", "value_optimizer", b"value_optimizer", "value_warmup_steps", b"value_warmup_steps", "whiten_rewards", b"whiten_rewards"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adaptive_kl_horizon", b"_adaptive_kl_horizon", "_adaptive_kl_target", b"_adaptive_kl_target", "_advantage", b"_advantage", "_batch_size", b"_batch_size", "_clip_range", b"_clip_range", "_ema_decay", b"_ema_decay", "_entropy_coefficient", b"_entropy_coefficient", "_gae_lambda", b"_gae_lambda", "_gamma", b"_gamma", "_generator_address", b"_generator_address", "_ignore_eos", b"_ignore_eos", "_importance_weight_cap", b"_importance_weight_cap", "_inner_epochs", b"_inner_epochs", "_kl", b"_kl", "_kl_coefficient", b"_kl_coefficient", "_kl_loss_coefficient", b"_kl_loss_coefficient", "_max_new_tokens", b"_max_new_tokens", "_max_staleness", b"_max_staleness", "_min_new_tokens", b"_min_new_tokens", "_minibatch_size", b"_minibatch_size", "_no_eos_score", b"_no_eos_score", "_prompts", b"_prompts", "_ptx_batch_size", b"_ptx_batch_size", "_ptx_coefficient", b"_ptx_coefficient", "_ptx_data", b"_ptx_data", "_publish", b"_publish", "_publish_every_steps", b"_publish_every_steps", "_reference_address", b"_reference_address", "_reward_address", b"_reward_address", "_reward_scorer", b"_reward_scorer", "_samples_per_prompt", b"_samples_per_prompt", "_score_text", b"_score_text", "_service_timeout_s", b"_service_timeout_s", "_steps", b"_steps", "_target_approx_kl", b"_target_approx_kl", "_temperature", b"_temperature", "_value_clip_range", b"_value_clip_range", "_value_coefficient", b"_value_coefficient", "_value_model", b"_value_model", "_value_optimizer", b"_value_optimizer", "_value_warmup_steps", b"_value_warmup_steps", "_whiten_rewards", b"_whiten_rewards", "adaptive_kl_horizon", b"adaptive_kl_horizon", "adaptive_kl_target", b"adaptive_kl_target", "advantage", b"advantage", "batch_size", b"batch_size", "clip_range", b"clip_range", "ema_decay", b"ema_decay", "entropy_coefficient", b"entropy_coefficient", "gae_lambda", b"gae_lambda", "gamma", b"gamma", "generator_address", b"generator_address", "ignore_eos", b"ignore_eos", "importance_weight_cap", b"importance_weight_cap", "inner_epochs", b"inner_epochs", "kl", b"kl", "kl_coefficient", b"kl_coefficient", "kl_loss_coefficient", b"kl_loss_coefficient", "lora", b"lora", "max_new_tokens", b"max_new_tokens", "max_staleness", b"max_staleness", "min_new_tokens", b"min_new_tokens", "minibatch_size", b"minibatch_size", "no_eos_score", b"no_eos_score", "prompts", b"prompts", "ptx_batch_size", b"ptx_batch_size", "ptx_coefficient", b"ptx_coefficient", "ptx_data", b"ptx_data", "publish", b"publish", "publish_every_steps", b"publish_every_steps", "reference_address", b"reference_address", "reward_address", b"reward_address", "reward_scorer", b"reward_scorer", "samples_per_prompt", b"samples_per_prompt", "score_text", b"score_text", "service_timeout_s", b"service_timeout_s", "stage", b"stage", "steps", b"steps", "target_approx_kl", b"target_approx_kl", "temperature", b"temperature", "value_clip_range", b"value_clip_range", "value_coefficient", b"value_coefficient", "value_lora", b"value_lora", "value_model", b"value_model", "value_optimizer", b"value_optimizer", "value_warmup_steps", b"value_warmup_steps", "whiten_rewards", b"whiten_rewards"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adaptive_kl_horizon", b"_adaptive_kl_horizon", "_adaptive_kl_target", b"_adaptive_kl_target", "_advantage", b"_advantage", "_batch_size", b"_batch_size", "_clip_range", b"_clip_range", "_ema_decay", b"_ema_decay", "_entropy_coefficient", b"_entropy_coefficient", "_gae_lambda", b"_gae_lambda", "_gamma", b"_gamma", "_generator_address", b"_generator_address", "_ignore_eos", b"_ignore_eos", "_importance_weight_cap", b"_importance_weight_cap", "_inner_epochs", b"_inner_epochs", "_kl", b"_kl", "_kl_coefficient", b"_kl_coefficient", "_kl_loss_coefficient", b"_kl_loss_coefficient", "_max_new_tokens", b"_max_new_tokens", "_max_staleness", b"_max_staleness", "_min_new_tokens", b"_min_new_tokens", "_minibatch_size", b"_minibatch_size", "_no_eos_score", b"_no_eos_score", "_prompts", b"_prompts", "_ptx_batch_size", b"_ptx_batch_size", "_ptx_coefficient", b"_ptx_coefficient", "_ptx_data", b"_ptx_data", "_publish_every_steps", b"_publish_every_steps", "_reference_address", b"_reference_address", "_reward_address", b"_reward_address", "_reward_scorer", b"_reward_scorer", "_samples_per_prompt", b"_samples_per_prompt", "_score_text", b"_score_text", "_service_timeout_s", b"_service_timeout_s", "_steps", b"_steps", "_target_approx_kl", b"_target_approx_kl", "_temperature", b"_temperature", "_value_clip_range", b"_value_clip_range", "_value_coefficient", b"_value_coefficient", "_value_model", b"_value_model", "_value_optimizer", b"_value_optimizer", "_value_warmup_steps", b"_value_warmup_steps", "_whiten_rewards", b"_whiten_rewards", "adaptive_kl_horizon", b"adaptive_kl_horizon", "adaptive_kl_target", b"adaptive_kl_target", "advantage", b"advantage", "batch_size", b"batch_size", "clip_range", b"clip_range", "ema_decay", b"ema_decay", "entropy_coefficient", b"entropy_coefficient", "gae_lambda", b"gae_lambda", "gamma", b"gamma", "generator_address", b"generator_address", "ignore_eos", b"ignore_eos", "importance_weight_cap", b"importance_weight_cap", "inner_epochs", b"inner_epochs", "kl", b"kl", "kl_coefficient", b"kl_coefficient", "kl_loss_coefficient", b"kl_loss_coefficient", "max_new_tokens", b"max_new_tokens", "max_staleness", b"max_staleness", "min_new_tokens", b"min_new_tokens", "minibatch_size", b"minibatch_size", "no_eos_score", b"no_eos_score", "prompts", b"prompts", "ptx_batch_size", b"ptx_batch_size", "ptx_coefficient", b"ptx_coefficient", "ptx_data", b"ptx_data", "publish_every_steps", b"publish_every_steps", "reference_address", b"reference_address", "reward_address", b"reward_address", "reward_scorer", b"reward_scorer", "samples_per_prompt", b"samples_per_prompt", "score_text", b"score_text", "service_timeout_s", b"service_timeout_s", "stage", b"stage", "steps", b"steps", "target_approx_kl", b"target_approx_kl", "temperature", b"temperature", "value_clip_range", b"value_clip_range", "value_coefficient", b"value_coefficient", "value_model", b"value_model", "value_optimizer", b"value_optimizer", "value_warmup_steps", b"value_warmup_steps", "whiten_rewards", b"whiten_rewards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adaptive_kl_horizon", b"_adaptive_kl_horizon", "_adaptive_kl_target", b"_adaptive_kl_target", "_advantage", b"_advantage", "_batch_size", b"_batch_size", "_clip_range", b"_clip_range", "_ema_decay", b"_ema_decay", "_entropy_coefficient", b"_entropy_coefficient", "_gae_lambda", b"_gae_lambda", "_gamma", b"_gamma", "_generator_address", b"_generator_address", "_ignore_eos", b"_ignore_eos", "_importance_weight_cap", b"_importance_weight_cap", "_inner_epochs", b"_inner_epochs", "_kl", b"_kl", "_kl_coefficient", b"_kl_coefficient", "_kl_loss_coefficient", b"_kl_loss_coefficient", "_max_new_tokens", b"_max_new_tokens", "_max_staleness", b"_max_staleness", "_min_new_tokens", b"_min_new_tokens", "_minibatch_size", b"_minibatch_size", "_no_eos_score", b"_no_eos_score", "_prompts", b"_prompts", "_ptx_batch_size", b"_ptx_batch_size", "_ptx_coefficient", b"_ptx_coefficient", "_ptx_data", b"_ptx_data", "_publish", b"_publish", "_publish_every_steps", b"_publish_every_steps", "_reference_address", b"_reference_address", "_reward_address", b"_reward_address", "_reward_scorer", b"_reward_scorer", "_samples_per_prompt", b"_samples_per_prompt", "_score_text", b"_score_text", "_service_timeout_s", b"_service_timeout_s", "_steps", b"_steps", "_target_approx_kl", b"_target_approx_kl", "_temperature", b"_temperature", "_value_clip_range", b"_value_clip_range", "_value_coefficient", b"_value_coefficient", "_value_model", b"_value_model", "_value_optimizer", b"_value_optimizer", "_value_warmup_steps", b"_value_warmup_steps", "_whiten_rewards", b"_whiten_rewards", "adaptive_kl_horizon", b"adaptive_kl_horizon", "adaptive_kl_target", b"adaptive_kl_target", "advantage", b"advantage", "batch_size", b"batch_size", "clip_range", b"clip_range", "ema_decay", b"ema_decay", "entropy_coefficient", b"entropy_coefficient", "gae_lambda", b"gae_lambda", "gamma", b"gamma", "generator_address", b"generator_address", "ignore_eos", b"ignore_eos", "importance_weight_cap", b"importance_weight_cap", "inner_epochs", b"inner_epochs", "kl", b"kl", "kl_coefficient", b"kl_coefficient", "kl_loss_coefficient", b"kl_loss_coefficient", "lora", b"lora", "max_new_tokens", b"max_new_tokens", "max_staleness", b"max_staleness", "min_new_tokens", b"min_new_tokens", "minibatch_size", b"minibatch_size", "no_eos_score", b"no_eos_score", "prompts", b"prompts", "ptx_batch_size", b"ptx_batch_size", "ptx_coefficient", b"ptx_coefficient", "ptx_data", b"ptx_data", "publish", b"publish", "publish_every_steps", b"publish_every_steps", "reference_address", b"reference_address", "reward_address", b"reward_address", "reward_scorer", b"reward_scorer", "samples_per_prompt", b"samples_per_prompt", "score_text", b"score_text", "service_timeout_s", b"service_timeout_s", "stage", b"stage", "steps", b"steps", "target_approx_kl", b"target_approx_kl", "temperature", b"temperature", "value_clip_range", b"value_clip_range", "value_coefficient", b"value_coefficient", "value_lora", b"value_lora", "value_model", b"value_model", "value_optimizer", b"value_optimizer", "value_warmup_steps", b"value_warmup_steps", "whiten_rewards", b"whiten_rewards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adaptive_kl_horizon: _TypeAlias = _typing.Literal["adaptive_kl_horizon"]  # noqa: Y015
     _WhichOneofArgType__adaptive_kl_horizon: _TypeAlias = _typing.Literal["_adaptive_kl_horizon", b"_adaptive_kl_horizon"]  # noqa: Y015
@@ -548,6 +624,8 @@ class PpoConfig(_message.Message):
     _WhichOneofArgType__ptx_coefficient: _TypeAlias = _typing.Literal["_ptx_coefficient", b"_ptx_coefficient"]  # noqa: Y015
     _WhichOneofReturnType__ptx_data: _TypeAlias = _typing.Literal["ptx_data"]  # noqa: Y015
     _WhichOneofArgType__ptx_data: _TypeAlias = _typing.Literal["_ptx_data", b"_ptx_data"]  # noqa: Y015
+    _WhichOneofReturnType__publish: _TypeAlias = _typing.Literal["publish"]  # noqa: Y015
+    _WhichOneofArgType__publish: _TypeAlias = _typing.Literal["_publish", b"_publish"]  # noqa: Y015
     _WhichOneofReturnType__publish_every_steps: _TypeAlias = _typing.Literal["publish_every_steps"]  # noqa: Y015
     _WhichOneofArgType__publish_every_steps: _TypeAlias = _typing.Literal["_publish_every_steps", b"_publish_every_steps"]  # noqa: Y015
     _WhichOneofReturnType__reference_address: _TypeAlias = _typing.Literal["reference_address"]  # noqa: Y015
@@ -630,6 +708,8 @@ class PpoConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ptx_coefficient) -> _WhichOneofReturnType__ptx_coefficient | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ptx_data) -> _WhichOneofReturnType__ptx_data | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__publish) -> _WhichOneofReturnType__publish | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__publish_every_steps) -> _WhichOneofReturnType__publish_every_steps | None: ...
     @_typing.overload

@@ -208,7 +208,9 @@ class _Steps:
         """
         context, step = self.context, self.state.step
         try:
-            return context.publish(self.state.policy, name, step, lineage=lineage, metrics=metrics)
+            return context.publish(
+                self.state.policy, name, step, lineage=lineage, metrics=metrics, base=self.state.base
+            )
         except VersionConflictError:
             if not 0 < step <= self.replayed_to:
                 raise

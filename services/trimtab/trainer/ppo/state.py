@@ -13,6 +13,7 @@ import numpy as np
 
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
+from trimtab.trainer.adapters import adapter_base, check_frozen
 from trimtab.trainer.context import StageContext
 from trimtab.trainer.data import load_prompts, tokenize_prompts
 from trimtab.trainer.moving_average import MovingAverage
@@ -32,6 +33,7 @@ class PpoState:
 
     Attributes:
         step: steps that were trained.
+        base: the version that the policy's adapters go with; None where whole policies are published.
         prompts: the prompt sampler, which runs ahead of `step` by the batches in flight.
         drawn: its state behind the prompts of `step`.
     """
@@ -41,10 +43,13 @@ class PpoState:
         self.step = 0
         self.skipped_in_a_row = 0
         self.policy, self.value_model, prompts, pretraining = ranks.in_turn(lambda: _load(config, context))
-        self._policy_optimizer = make_optimizer(self.policy, stage, stage.optimizer, ranks)
+        self._policy_optimizer = make_optimizer(self.policy, stage, stage.optimizer, ranks, config.lora)
         self._value_optimizer = self.value_model and make_optimizer(
-            self.value_model, stage, config.value_optimizer, ranks
+            self.value_model, stage, config.value_optimizer, ranks, config.value_lora, "value_lora"
         )
+        self.base = adapter_base(config, self.policy, context)
+        if self.value_model is not None and config.value_lora is not None:
+            check_frozen("value_model", self.value_model, context)
         self.kl = KLController(config.kl_coefficient, config.adaptive_kl_target, config.adaptive_kl_horizon)
         self.prompts = Sampler(prompts, stage.seed)
         self.drawn = self.prompts.state_dict()
