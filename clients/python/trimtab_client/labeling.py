@@ -45,10 +45,12 @@ class LabelingClient:
     """
 
     def __init__(self, address: str, token: str, *, timeout_s: float = 60.0, ca_file: Path | None = None) -> None:
-        self.address = address.rstrip("/")
-        self._token = token
-        self._timeout_s = timeout_s
-        self._tls = ssl.create_default_context(cafile=ca_file) if self.address.startswith("https:") else None
+        self.address: str = address.rstrip("/")
+        self._token: str = token
+        self._timeout_s: float = timeout_s
+        self._tls: ssl.SSLContext | None = (
+            ssl.create_default_context(cafile=ca_file) if self.address.startswith("https:") else None
+        )
 
     def create_campaign(self, plan: Mapping[str, Any]) -> None:
         """Make a campaign of the fields that the API names. AlreadyExists where the name is taken."""

@@ -91,7 +91,7 @@ def test_render_prints_what_kubectl_would_apply():
     result = CliRunner().invoke(app, ["deploy", "gpu", "--nodes", "eks", "--with", "tls", "--render"])
     assert result.exit_code == 0, result.output
     objects = [one for one in yaml.safe_load_all(result.output) if one]
-    assert len(find(objects, "Certificate")) == 8
+    assert len(find(objects, "Certificate")) == 9
     assert objects[0]["kind"] == "Namespace"
 
 

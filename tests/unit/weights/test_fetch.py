@@ -108,7 +108,7 @@ def test_a_manifest_that_lists_a_pickle_is_never_fetched(
         ({"format": 99}, "upgrade trimtab"),
         ({"digest": "sha256:0"}, "digest: String should match"),
         ({"files": []}, "files: List should have at least 1 item"),
-        ({"kind": "half"}, "kind: Input should be 'full' or 'delta'"),
+        ({"kind": "half"}, "kind: Input should be 'full', 'delta' or 'adapter'"),
         ({"step": 2}, "is the manifest of r/policy@2"),
         ({"run_id": "../x"}, "is not a safe manifest"),
     ],
