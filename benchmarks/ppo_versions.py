@@ -23,7 +23,7 @@ from trimtab.generator.local.scheduler import LocalEngine
 from trimtab.kernels.ppo_terms import PpoSettings
 from trimtab.models.folders import load_pretrained
 from trimtab.models.policy import Policy
-from trimtab.models.tokenizers import encode_chat, encode_prompt
+from trimtab.models.tokenizers import encode_chat, encode_prompt, load_tokenizer
 from trimtab.trainer.forward import TokenBatch, hidden_ppo_loss, response_hidden, response_logprobs, slice_batch
 from trimtab.trainer.optimizer import MasterWeightOptimizer
 from trimtab.trainer.stages import OptimizerConfig
@@ -47,7 +47,7 @@ class Plan:
 def generating_policy(folder: Path | str, dtype: str) -> Policy:
     """A policy as the generator loads it."""
     model = load_pretrained(AutoModelForCausalLM, str(folder), dtype=dtype, attention=None)
-    return Policy(in_own_memory(model), Policy.load(str(folder), dtype=dtype).tokenizer, str(folder))
+    return Policy(in_own_memory(model), load_tokenizer(str(folder)), str(folder))  # type: ignore[arg-type]
 
 
 def engine_of(policy: Policy, version: ModelVersion, slots: int = 32) -> LocalEngine:
@@ -77,8 +77,8 @@ def read_prompts(path: Path | None, policy: Policy, count: int) -> list[np.ndarr
     return [ids[index % len(ids)] for index in range(count)]
 
 
-def two_versions(model: Path, prompts: Path | None, plan: Plan, folder: Path) -> tuple[Path, Path]:
-    """Folders of the policy before and after its last PPO step."""
+def two_versions(model: Path, prompts: Path | None, plan: Plan, folder: Path) -> None:
+    """Writes the policy before and after its last PPO step into `folder`/before and `folder`/after."""
     torch.manual_seed(0)
     policy, sampler = Policy.load(str(model), dtype="bfloat16"), generating_policy(model, "bfloat16")
     optimizer = MasterWeightOptimizer(
@@ -97,7 +97,6 @@ def two_versions(model: Path, prompts: Path | None, plan: Plan, folder: Path) ->
         answers = sample(sampler, batch, plan.response_tokens, step)
         ppo_step(policy, optimizer, plan, answers, rng)
     policy.save(folder / "after")
-    return folder / "before", folder / "after"
 
 
 def within_rounding(parameter: torch.Tensor) -> torch.Tensor:

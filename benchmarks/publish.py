@@ -58,7 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; default: random weights")
     parser.add_argument("--prompts", type=Path, help="JSONL of prompts or messages; default: random tokens")
-    parser.add_argument("--versions", type=Path, nargs=2, help="two bfloat16 versions of a run, in place of training")
+    parser.add_argument("--trained", type=Path, help="keeps RATE/before and RATE/after here; takes what is there")
+    parser.add_argument("--train-only", action="store_true", help="measure nothing: the machine need not be quiet")
     parser.add_argument("--store", help="a store of its own; default: a temporary folder")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-6, 3e-6, 1e-5])
     parser.add_argument("--steps", type=int, default=3, help="PPO steps; the last one is the delta")
@@ -74,18 +75,20 @@ def main() -> None:
     meter = BusyMeter()
     with tempfile.TemporaryDirectory(prefix="trimtab-bench-publish-") as scratch:
         root = Path(scratch)
-        model = chosen.model or (random_model(root / "model", chosen.layers) if not chosen.versions else None)
+        trained = chosen.trained or root / "trained"
         for rate in chosen.learning_rates:
-            plan = Plan(rate, chosen.steps, chosen.minibatches, chosen.minibatch, chosen.tokens)
-            if model is None:
-                before, after = chosen.versions
-            else:
-                before, after = two_versions(model, chosen.prompts, plan, root / "trained")
+            folder = trained / f"{rate:g}"
+            if not (folder / "after").exists():
+                model = chosen.model or random_model(root / "model", chosen.layers)
+                plan = Plan(rate, chosen.steps, chosen.minibatches, chosen.minibatch, chosen.tokens)
+                two_versions(model, chosen.prompts, plan, folder)
+            if chosen.train_only:
+                continue
             store = open_store(chosen.store or str(root / "store"))
-            for row in measure(before, after, rate, store, root / "publisher", chosen.repeats):
+            for row in measure(folder / "before", folder / "after", rate, store, root / "publisher", chosen.repeats):
                 print(describe(row), flush=True)
                 rows.append(row)
-            shutil.rmtree(root / "trained", ignore_errors=True)
+            shutil.rmtree(root / "store", ignore_errors=True)
             if chosen.out:
                 result = {
                     "machine": asdict(describe_machine()),
@@ -95,7 +98,7 @@ def main() -> None:
                     "rows": [asdict(row) for row in rows],
                 }
                 chosen.out.write_text(json.dumps(result, indent=1) + "\n")
-    if chosen.plot:
+    if chosen.plot and rows:
         draw(rows, chosen.plot)
 
 

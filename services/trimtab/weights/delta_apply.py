@@ -5,7 +5,8 @@ version's, a file against the manifest. What comes out is the folder that was pu
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import numpy as np
 from blake3 import blake3
 
 from trimtab.weights.delta_codec import STRETCH_ELEMENTS, element_bytes
-from trimtab.weights.delta_file import DeltaReader, elements_of
+from trimtab.weights.delta_file import DeltaReader, WeightsFile, elements_of
 from trimtab.weights.delta_make import Key, MappedWeights, same_kind
 from trimtab.weights.digests import SAFETENSORS, SHARD_INDEX, FileDigest, TensorSlot, content_digest
 from trimtab.weights.errors import CorruptVersionError
+from trimtab.weights.folder import check_readable, verify_file
 from trimtab.weights.manifest import Manifest
+from trimtab.weights.parallel import in_order
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,22 @@ def rebuild(base: Path, base_names: Sequence[str], layers: Sequence[Layer], fold
     """
     target = layers[-1]
     check_delta(target)
+    version = str(target.manifest.version)
+    check_readable(target.manifest.plain)
     weights = MappedWeights(base, base_names)
-    for file in target.delta.header.files:
-        _rebuild_file(weights, layers, folder, file.name)
+    files = {file.name: file for file in target.delta.header.files}
     for entry in target.manifest.content:
-        if not _is_weights(entry.name):
-            path = folder / entry.name
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path = folder / entry.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not entry.name.endswith(SAFETENSORS):
             shutil.copyfile(_holder(base, layers, entry.name) / entry.name, path)
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith(SAFETENSORS)
+        elif entry.name in files:
+            _rebuild_file(weights, layers, path, files.pop(entry.name))
+        else:
+            raise CorruptVersionError(f"{version}: its delta lacks {entry.name}")
+        verify_file(path, entry, version)
+    if files:
+        raise CorruptVersionError(f"{version}: its delta has {min(files)}, which is not part of the version")
 
 
 def _holder(base: Path, layers: Sequence[Layer], name: str) -> Path:
@@ -69,45 +76,48 @@ def _holder(base: Path, layers: Sequence[Layer], name: str) -> Path:
     return base
 
 
-def _rebuild_file(weights: MappedWeights, layers: Sequence[Layer], folder: Path, name: str) -> None:
-    target = layers[-1]
-    file = next(file for file in target.delta.header.files if file.name == name)
-    expected = {entry.name: entry for entry in target.manifest.content}.get(name)
-    subfolder = name.rpartition("/")[0]
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _rebuild_file(weights: MappedWeights, layers: Sequence[Layer], path: Path, file: WeightsFile) -> None:
+    subfolder = file.name.rpartition("/")[0]
     header = file.header.encode()
-    whole = blake3()
-    with path.open("xb") as output:
-        start = len(header).to_bytes(8, "little") + header
-        whole.update(start)
-        output.write(start)
-        for slot, tensor in zip(file.slots(), file.tensors, strict=True):
+    tensors = [_Tensor(weights, layers, (subfolder, slot.name), slot) for slot in file.slots()]
+    stretches = ((tensor, start) for tensor in tensors for start in range(0, tensor.elements, STRETCH_ELEMENTS))
+    with (
+        path.open("xb") as output,
+        closing(in_order(lambda stretch: stretch[0].bits(stretch[1]), stretches)) as made,
+    ):
+        output.write(len(header).to_bytes(8, "little") + header)
+        for tensor, record in zip(tensors, file.tensors, strict=True):
             hasher = blake3()
-            for data in _tensor_bits(weights, layers, (subfolder, slot.name), slot):
-                view = data.view(np.uint8).data
-                hasher.update(view)
-                whole.update(view)
-                output.write(view)
-            if hasher.hexdigest() != tensor.blake3:
-                raise CorruptVersionError(f"{target.manifest.version}: {slot.name} does not come out of its deltas")
-    if expected is None or f"blake3:{whole.hexdigest()}" != expected.digest:
-        raise CorruptVersionError(f"{target.manifest.version}: {name} does not come out of its deltas")
+            for _ in range(0, tensor.elements, STRETCH_ELEMENTS):
+                data = next(made).view(np.uint8).data
+                hasher.update(data)
+                output.write(data)
+            if hasher.hexdigest() != record.blake3:
+                version = layers[-1].manifest.version
+                raise CorruptVersionError(f"{version}: {record.name} does not come out of its deltas")
 
 
-def _tensor_bits(weights: MappedWeights, layers: Sequence[Layer], key: Key, slot: TensorSlot) -> Iterator[np.ndarray]:
-    """The tensor's bits, one stretch at a time: the base's, overwritten by each delta in turn."""
-    based = same_kind(weights.slot(key), slot)
-    records = []  # of the layers that speak of this tensor as it is now
-    for layer in layers:
-        entry = layer.delta.tensors.get(key)
-        if entry is not None and same_kind(entry[0], slot):
-            records.append((layer.delta, {record.start: record for record in entry[1].stretches}))
-    total = elements_of(slot)
-    for start in range(0, total, STRETCH_ELEMENTS):
-        count = min(STRETCH_ELEMENTS, total - start)
-        bits = weights.bits(key, start, count).copy() if based else np.zeros(count, f"<u{element_bytes(slot.dtype)}")
-        for delta, by_start in records:
+class _Tensor:
+    """A tensor as it is after the last layer: the base's bits, overwritten by each delta in turn."""
+
+    def __init__(self, weights: MappedWeights, layers: Sequence[Layer], key: Key, slot: TensorSlot) -> None:
+        self.elements = elements_of(slot)
+        self._weights, self._key, self._slot = weights, key, slot
+        self._based = same_kind(weights.slot(key), slot)
+        self._records = []  # of the layers that speak of this tensor as it is now
+        for layer in layers:
+            entry = layer.delta.tensors.get(key)
+            if entry is not None and same_kind(entry[0], slot):
+                self._records.append((layer.delta, {record.start: record for record in entry[1].stretches}))
+
+    def bits(self, start: int) -> np.ndarray:
+        """One stretch of its bits, a copy."""
+        count = min(STRETCH_ELEMENTS, self.elements - start)
+        if self._based:
+            bits = self._weights.bits(self._key, start, count).copy()
+        else:
+            bits = np.zeros(count, f"<u{element_bytes(self._slot.dtype)}")
+        for delta, by_start in self._records:
             if start in by_start:
-                delta.stretch(slot, by_start[start]).apply(bits)
-        yield bits
+                delta.stretch(self._slot, by_start[start]).apply(bits)
+        return bits

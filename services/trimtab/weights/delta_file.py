@@ -8,6 +8,7 @@ stretches is its parent's; one that the parent lacks, or has in another dtype or
 """
 
 import io
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -155,15 +156,17 @@ class DeltaReader:
         return DeltaHeader.model_validate_json(zstandard.ZstdDecompressor().decompress(raw)), 16 + length
 
     def stretch(self, slot: TensorSlot, record: StretchRecord) -> Stretch:
-        """One stretch's changes."""
+        """One stretch's changes; several threads may ask at once."""
         width = element_bytes(slot.dtype)
         elements = min(STRETCH_ELEMENTS, elements_of(slot) - record.start)
         if record.start % STRETCH_ELEMENTS or elements <= 0 or record.changed > elements:
             raise CorruptVersionError(f"{self.version}: its delta has a stretch outside of {slot.name}")
-        self._file.seek(self._frames_start + record.offset)
-        positions, values = self._file.read(record.positions_bytes), self._file.read(record.values_bytes)
-        if len(positions) != record.positions_bytes or len(values) != record.values_bytes:
+        begin = self._frames_start + record.offset
+        middle = begin + record.positions_bytes
+        if middle + record.values_bytes > os.fstat(self._file.fileno()).st_size:
             raise CorruptVersionError(f"{self.version}: its delta ends in the middle of {slot.name}")
+        positions = os.pread(self._file.fileno(), record.positions_bytes, begin)
+        values = os.pread(self._file.fileno(), record.values_bytes, middle)
         return delta_codec.decode(positions, values, elements, record.changed, width)
 
     def patches(self) -> Iterator[TensorPatch]:

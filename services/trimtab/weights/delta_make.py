@@ -2,6 +2,8 @@
 
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +19,7 @@ from trimtab.weights.delta_file import (
     write_delta,
 )
 from trimtab.weights.digests import SAFETENSORS, TensorDigest, TensorSlot, read_safetensors_header
+from trimtab.weights.parallel import in_order
 
 Key = tuple[str, str]
 
@@ -66,48 +69,65 @@ def make_delta(
     max_bytes: int,
 ) -> bool:
     """Writes ``target``, or gives up and returns False once its frames exceed ``max_bytes``. Raises OSError."""
-    with tempfile.TemporaryFile(dir=target.parent) as frames:
-        files = []
-        for name, slots in child.slots.items():
-            folder = name.rpartition("/")[0]
-            tensors = []
-            for slot in slots:
-                stretches = _stretches(parent, child, (folder, slot.name), slot, frames)
-                tensors.append(
-                    TensorRecord(name=slot.name, blake3=digests[folder, slot.name].blake3, stretches=stretches)
-                )
-                if frames.tell() > max_bytes:
-                    return False
-            files.append(
-                WeightsFile(name=name, header=child.headers[name], size_bytes=child.sizes[name], tensors=tensors)
-            )
-        write_delta(target, DeltaHeader(parent_digest=parent_digest, files=files), frames)
+    files = {
+        name: WeightsFile(
+            name=name,
+            header=child.headers[name],
+            size_bytes=child.sizes[name],
+            tensors=[TensorRecord(name=slot.name, blake3=digests[_folder(name), slot.name].blake3) for slot in slots],
+        )
+        for name, slots in child.slots.items()
+    }
+    places = (
+        _Place(tensor, (_folder(name), slot.name), slot, start)
+        for name, slots in child.slots.items()
+        for slot, tensor in zip(slots, files[name].tensors, strict=True)
+        for start in range(0, elements_of(slot), STRETCH_ELEMENTS)
+    )
+    with (
+        tempfile.TemporaryFile(dir=target.parent) as frames,
+        closing(in_order(lambda place: (place, place.changes(parent, child)), places)) as made,
+    ):
+        for place, changes in made:
+            if changes is not None:
+                place.write(*changes, frames)
+            if frames.tell() > max_bytes:
+                return False
+        write_delta(target, DeltaHeader(parent_digest=parent_digest, files=list(files.values())), frames)
     return True
 
 
-def _stretches(
-    parent: MappedWeights, child: MappedWeights, key: Key, slot: TensorSlot, frames: BinaryIO
-) -> list[StretchRecord]:
-    comparable = same_kind(parent.slot(key), slot)
-    total = elements_of(slot)
-    records = []
-    for start in range(0, total, STRETCH_ELEMENTS):
-        count = min(STRETCH_ELEMENTS, total - start)
-        new = child.bits(key, start, count)
-        stretch = compare(parent.bits(key, start, count), new) if comparable else Stretch(count, None, new)
-        if stretch is None:
-            continue
-        offset = frames.tell()
-        positions, values = encode(stretch)
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One stretch of a tensor: where it begins, and the record of the tensor that it belongs to."""
+
+    tensor: TensorRecord
+    key: Key
+    slot: TensorSlot
+    start: int
+
+    def changes(self, parent: MappedWeights, child: MappedWeights) -> tuple[int, bytes, bytes] | None:
+        """How many elements change, and the frames of positions and values; None if nothing does."""
+        count = min(STRETCH_ELEMENTS, elements_of(self.slot) - self.start)
+        new = child.bits(self.key, self.start, count)
+        comparable = same_kind(parent.slot(self.key), self.slot)
+        old = parent.bits(self.key, self.start, count) if comparable else None
+        stretch = Stretch(count, None, new) if old is None else compare(old, new)
+        return None if stretch is None else (stretch.changed, *encode(stretch))
+
+    def write(self, changed: int, positions: bytes, values: bytes, frames: BinaryIO) -> None:
+        """Appends the frames, and says so in the tensor's record."""
+        record = StretchRecord(
+            start=self.start,
+            changed=changed,
+            offset=frames.tell(),
+            positions_bytes=len(positions),
+            values_bytes=len(values),
+        )
         frames.write(positions)
         frames.write(values)
-        records.append(
-            StretchRecord(
-                start=start,
-                changed=stretch.changed,
-                offset=offset,
-                positions_bytes=len(positions),
-                values_bytes=len(values),
-            )
-        )
-    return records
+        self.tensor.stretches.append(record)

@@ -9,7 +9,7 @@ JSON), so neither torch nor safetensors is needed.
 import json
 import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 from blake3 import blake3
 
 from trimtab.weights.errors import RefusedFileError
+from trimtab.weights.parallel import in_order, thread_budget
 
 SAFETENSORS = ".safetensors"
 SHARD_INDEX = ".safetensors.index.json"
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+_THREADS_ABOVE_BYTES = 1 << 20  # below, starting threads takes longer than hashing
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -69,7 +71,7 @@ def digest_bytes(data: bytes | bytearray | memoryview) -> str:
 
 def digest_file(path: Path) -> str:
     """'blake3:<hex>' of a file's bytes. Raises OSError."""
-    hasher = blake3()
+    hasher = blake3(max_threads=thread_budget() if path.stat().st_size > _THREADS_ABOVE_BYTES else 1)
     hasher.update_mmap(path)
     return f"blake3:{hasher.hexdigest()}"
 
@@ -95,16 +97,20 @@ def _line(*fields: Any) -> bytes:
     return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
 
 
-def folder_content_digest(folder: Path, names: Iterable[str]) -> str:
-    """The content digest of the named files under ``folder``. Raises like ``folder_digests``."""
-    return content_digest(*folder_digests(folder, names))
+def folder_content_digest(folder: Path, names: Iterable[str], known: Mapping[str, str] | None = None) -> str:
+    """The content digest of the named files under ``folder``. ``known`` and errors are ``folder_digests``'s."""
+    return content_digest(*folder_digests(folder, names, known))
 
 
-def folder_digests(folder: Path, names: Iterable[str]) -> tuple[list[TensorDigest], list[FileDigest]]:
+def folder_digests(
+    folder: Path, names: Iterable[str], known: Mapping[str, str] | None = None
+) -> tuple[list[TensorDigest], list[FileDigest]]:
     """Identities of all tensors and of all other files among the named files under ``folder``.
 
+    ``known`` holds digests of whole files that were read just now, by name; they are not read again for it.
     Raises RefusedFileError for a broken safetensors file or a tensor that two shards hold, OSError if a file is absent.
     """
+    known = known or {}
     tensors: dict[tuple[str, str], TensorDigest] = {}
     others: list[FileDigest] = []
     for name in sorted(names):
@@ -113,7 +119,7 @@ def folder_digests(folder: Path, names: Iterable[str]) -> tuple[list[TensorDiges
                 if tensors.setdefault((tensor.folder, tensor.name), tensor) is not tensor:
                     raise RefusedFileError(f"tensor {tensor.name!r} is in two safetensors files, the second is {name}")
         elif not name.endswith(SHARD_INDEX):  # the index only repeats how tensors are spread over shards
-            others.append(FileDigest(name, digest_file(folder / name)))
+            others.append(FileDigest(name, known.get(name) or digest_file(folder / name)))
     return list(tensors.values()), others
 
 
@@ -125,11 +131,12 @@ def file_tensor_digests(path: Path, folder: str = "") -> list[TensorDigest]:
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         memoryview(mapped) as view,
     ):
-        digests = []
-        for slot in slots:
+
+        def digest(slot: TensorSlot) -> TensorDigest:
             with view[slot.start : slot.end] as data:
-                digests.append(tensor_digest(slot.name, slot.dtype, slot.shape, data, folder))
-    return digests
+                return tensor_digest(slot.name, slot.dtype, slot.shape, data, folder)
+
+        return list(in_order(digest, slots))
 
 
 def read_safetensors_header(path: Path) -> list[TensorSlot]:

@@ -95,7 +95,8 @@ def verify_folder(folder: Path, manifest: Manifest) -> None:
     verify_files(folder, manifest)
     where = str(manifest.version)
     try:
-        digest = folder_content_digest(folder, [entry.name for entry in manifest.files])
+        known = {entry.name: entry.digest for entry in manifest.files}
+        digest = folder_content_digest(folder, known, known)
     except RefusedFileError as error:
         raise CorruptVersionError(f"{where}: {error}") from error
     if digest != manifest.version.digest:
@@ -119,10 +120,11 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     for name in sorted(present - expected):
         raise CorruptVersionError(f"{where}: {name} lies in its folder but is not part of the version; remove it")
     for entry in manifest.files:
-        _verify_file(folder / entry.name, entry, where)
+        verify_file(folder / entry.name, entry, where)
 
 
-def _verify_file(path: Path, entry: FileEntry, where: str) -> None:
+def verify_file(path: Path, entry: FileEntry, where: str) -> None:
+    """Returns if the file's size and bytes are the entry's; CorruptVersionError begins with ``where``."""
     size = path.stat().st_size
     if size != entry.size_bytes:
         raise CorruptVersionError(f"{where}: {entry.name} has {size} bytes instead of {entry.size_bytes}")

@@ -11,15 +11,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from blake3 import blake3
-
 from trimtab.weights.backend import Backend, PointerMove, Staged
+from trimtab.weights.digests import digest_file
 from trimtab.weights.errors import RefusedFileError
 from trimtab.weights.layout import MANIFEST, POINTER, STAGING, step_name
 from trimtab.weights.manifest import FileEntry, Manifest
 from trimtab.weights.staging import discard, fsync_folder, locked, staging_folder
-
-_CHUNK_BYTES = 8 << 20
 
 
 class LocalFiles(Backend):
@@ -127,12 +124,8 @@ def _write_durably(path: Path, data: bytes) -> None:
 
 def _copy_durably(source: Path, target: Path, entry: FileEntry) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    hasher = blake3()
-    with source.open("rb") as reader, target.open("xb") as writer:
-        while chunk := reader.read(_CHUNK_BYTES):
-            hasher.update(chunk)
-            writer.write(chunk)
-        writer.flush()
-        os.fsync(writer.fileno())
-    if f"blake3:{hasher.hexdigest()}" != entry.digest:
+    shutil.copyfile(source, target)
+    with target.open("r+b") as copy:
+        os.fsync(copy.fileno())
+    if digest_file(target) != entry.digest:
         raise RefusedFileError(f"{entry.name} changed while it was being published: publish a folder at rest")

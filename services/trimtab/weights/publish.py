@@ -130,7 +130,8 @@ def _describe(publication: Publication) -> tuple[Manifest, list[TensorDigest]]:
     model = publication.model
     _ = model.folder  # refuses bad names before any file is read
     files = publishable_files(publication.folder)
-    tensors, others = folder_digests(publication.folder, [entry.name for entry in files])
+    known = {entry.name: entry.digest for entry in files}
+    tensors, others = folder_digests(publication.folder, known, known)
     digest = content_digest(tensors, others)
     kind: Kind = "full"
     if publication.base is not None:
