@@ -127,7 +127,7 @@ def random_model(folder: Path, layers: int) -> Path:
         num_key_value_heads=3,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     word_tokenizer(Work()).save_pretrained(folder)
     return folder
 

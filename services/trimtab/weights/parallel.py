@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ def thread_budget() -> int:
     return max(1, int(given)) if given.isdecimal() else len(os.sched_getaffinity(0))
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
     """``function`` of each item, in the items' order, computed by a budget's threads a few items ahead.
 
     Close it (``contextlib.closing``) where it may not be read to its end. Raises what ``function`` raises.
