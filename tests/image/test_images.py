@@ -1,9 +1,9 @@
 """Images built for real with buildah, then run: skipped with a reason where buildah or a base image is missing.
 
-TRIMTAB_IMAGE_BASE names a base that is there, as buildah knows it; without it debootstrap makes one.
+TRIMTAB_IMAGE_BASE names a base as `buildah pull` takes it (oci-archive:FILE, a registry's name); without it debootstrap
+makes one that fetches packages as this machine does: with its certificate authorities and PIP_FIND_LINKS.
 TRIMTAB_IMAGE_TARGETS (web by default) says which targets are built; those with torch load several hundred megabytes.
-BUILDAH_ARGUMENTS go to the build (--volume of a package mirror, for example). Files of the images lie under pytest's
-temporary folder.
+BUILDAH_ARGUMENTS go to the build. Everything lies under pytest's temporary folder and is removed at the end.
 """
 
 import json
@@ -24,6 +24,8 @@ from trimtab.rounds.launchers.services import free_ports
 ROOT = Path(__file__).parents[2]
 TARGETS = os.environ.get("TRIMTAB_IMAGE_TARGETS", "web").split(",")
 MOST_BYTES = {"web": 600 << 20, "model-server": 2 << 30, "generator": 2 << 30, "trainer": 3 << 30}  # without CUDA
+AUTHORITIES = Path("/usr/local/share/ca-certificates")
+WHEELS = os.environ.get("PIP_FIND_LINKS", "")  # folders or addresses, as pip takes them
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(2400),
@@ -58,8 +60,10 @@ class Buildah:
 
 
 @pytest.fixture(scope="module")
-def buildah(tmp_path_factory) -> Buildah:
-    return Buildah(tmp_path_factory.mktemp("buildah"))
+def buildah(tmp_path_factory) -> Iterator[Buildah]:
+    folder = tmp_path_factory.mktemp("buildah")
+    yield Buildah(folder)
+    shutil.rmtree(folder)  # gigabytes, which pytest would keep for three runs
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,7 @@ def base(buildah, tmp_path_factory) -> str:
     """A base image without a registry: the one that is named, or Debian by debootstrap."""
     named = os.environ.get("TRIMTAB_IMAGE_BASE")
     if named:
-        return named
+        return buildah("pull", named).strip()
     if shutil.which("debootstrap") is None:
         pytest.skip("no base image: apt-get install debootstrap, or TRIMTAB_IMAGE_BASE=…")
     root = tmp_path_factory.mktemp("debian") / "root"
@@ -77,9 +81,13 @@ def base(buildah, tmp_path_factory) -> str:
         capture_output=True,
         timeout=900,
     )
+    if AUTHORITIES.is_dir():
+        shutil.copytree(AUTHORITIES, root / AUTHORITIES.relative_to("/"), dirs_exist_ok=True)
+    (root / "etc/pip.conf").write_text(f"[global]\ncert = /etc/ssl/certs/ca-certificates.crt\nfind-links = {WHEELS}\n")
     container = buildah("from", "scratch").strip()
     buildah("add", container, str(root), "/")
-    buildah("commit", container, "localhost/base:debian")
+    buildah("commit", "--rm", container, "localhost/base:debian")
+    shutil.rmtree(root)
     return "localhost/base:debian"
 
 
@@ -88,6 +96,7 @@ def image(request, buildah, base) -> Iterator[tuple[str, str]]:
     """(target, a container made of its image)."""
     name = f"localhost/trimtab/{request.param}"
     options = shlex.split(os.environ.get("BUILDAH_ARGUMENTS", ""))
+    options += [f"--volume={folder}:{folder}:ro" for folder in WHEELS.split() if Path(folder).is_dir()]
     fixed = ("--isolation", "chroot", "--pull=never", "--format", "docker", "--build-arg", f"BASE={base}")
     buildah("bud", *fixed, *options, "--target", request.param, "-t", name, ".")
     container = buildah("from", "--pull-never", name).strip()

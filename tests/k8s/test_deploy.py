@@ -40,7 +40,7 @@ def test_check_names_what_the_cluster_lacks(run, namespace, kinds, kubeconfig):
 def test_a_field_that_another_owns_is_told_and_taken_by_force(run, controllers, kubeconfig):
     with StandInNodes(kubeconfig, [Node("small-0", {}, (), SMALL)]):
         deploy("dev", "--yes", "--timeout", "300")
-        env = [{"name": "TRIMTAB_MODEL", "value": "version:a/b@1", "valueFrom": None}]
+        env = [{"name": "TRIMTAB_MODEL", "value": "version:a/b@1"}]
         patch = {"spec": {"template": {"spec": {"containers": [{"name": "trimtab", "env": env}]}}}}
         run("-n", "trimtab", "patch", "deployment", "reward", "-p", json.dumps(patch), "--field-manager=rounds")
         with pytest.raises(Exception, match="--force takes the field over"):

@@ -20,7 +20,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from moto.server import ThreadedMotoServer
 
-from tests.unit.k8s.manifests import MANIFESTS, pods
+from tests.unit.k8s.manifests import MANIFESTS, environment, pods
 from trimtab.deploy.render import Installation, find, render
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
@@ -55,20 +55,18 @@ class Container:
                 for name, text in maps[volume["configMap"]["name"]].items():
                     (folder / name).write_text(self._placed(text))
         (folder / "data").mkdir(exist_ok=True)
-        environment = {
+        variables = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             "OMP_NUM_THREADS": "1",
         }
-        for variable in self.spec["env"]:
-            reference = variable.get("valueFrom", {}).get("configMapKeyRef")
-            value = maps[reference["name"]][reference["key"]] if reference else variable["value"]
-            if variable["name"].startswith(("TRIMTAB_", "AWS_")):
-                environment[variable["name"]] = self._placed(value)
-        environment |= {f"TRIMTAB_{self._setting(name)}": str(port) for name, port in self.ports.items()}
+        for name, value in environment(self.spec, objects).items():
+            if name.startswith(("TRIMTAB_", "AWS_")):
+                variables[name] = self._placed(value)
+        variables |= {f"TRIMTAB_{self._setting(name)}": str(port) for name, port in self.ports.items()}
         arguments = [self._placed(argument) for argument in self.spec["args"]]
         command = [sys.executable, "-m", "trimtab", *arguments]
-        self.process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
+        self.process = subprocess.Popen(command, env=variables, stdout=self._log, stderr=self._log)
 
     def _setting(self, port: str) -> str:
         plain = "grpc" if self.pod.name != "labeling" else "http"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +12,7 @@ from trimtab.deploy.render import NODE_POOLS, Installation, Object, pod_template
 
 MANIFESTS = Path(__file__).parents[3] / "k8s"
 EVERYTHING = ("jobset", "vllm", "postgres", "tls", "ingress", "autoscaling", "kueue", "monitoring")
+REFERENCE = re.compile(r"\$\((\w+)\)")
 OURS = ("trimtab/generator", "trimtab/generator-vllm", "trimtab/model-server", "trimtab/trainer", "trimtab/web")
 
 
@@ -73,6 +76,19 @@ def pods(objects: tuple[Object, ...]) -> list[Pod]:
                 workload=one,
             )
         )
+    return found
+
+
+def environment(container: Object, objects: Sequence[Object]) -> dict[str, str]:
+    """A container's variables as it sees them, from ConfigMaps and with $(NAME) of those before; "x" from its pod."""
+    maps = {one["metadata"]["name"]: one["data"] for one in objects if one["kind"] == "ConfigMap" and "data" in one}
+    found: dict[str, str] = {}
+    for variable in container.get("env", []):
+        reference = variable.get("valueFrom", {}).get("configMapKeyRef")
+        if reference:
+            found[variable["name"]] = maps[reference["name"]][reference["key"]]
+        else:
+            found[variable["name"]] = REFERENCE.sub(lambda match: found[match[1]], variable.get("value", "x"))
     return found
 
 

@@ -362,8 +362,7 @@ def test_a_model_is_put_before_all_replicas_and_each_is_told_to_serve_it(world, 
         (container,) = api.objects["deployments"]["generator"]["spec"]["template"]["spec"]["containers"]
         return next(one for one in container["env"] if one["name"] == "TRIMTAB_MODEL")
 
-    until(lambda: "value" in served())
-    assert served() == {"name": "TRIMTAB_MODEL", "value": "version:stories/policy@3"}
+    until(lambda: served() == {"name": "TRIMTAB_MODEL", "value": "version:stories/policy@3"})
     until(lambda: "generator: 0 of 2 replicas ready" in waits)
     assert found == []
     roll(api, "generator", 2, network="127.0.3")

@@ -8,7 +8,7 @@ import pytest
 import typer
 import yaml
 
-from tests.unit.k8s.manifests import installations, label, pods, rendered
+from tests.unit.k8s.manifests import environment, installations, label, pods, rendered
 from trimtab.cli.main import app
 from trimtab.deploy.render import find
 from trimtab.rounds.launchers.services import SERVICES
@@ -20,6 +20,7 @@ READ_BY_LIBRARIES |= {
     "VLLM_NO_USAGE_STATS",
     "AWS_SHARED_CREDENTIALS_FILE",
     "PGSERVICEFILE",
+    "DEPLOYED_MODEL",
     "JOBSET_NAME",
     "RENDEZVOUS",
 }
@@ -32,16 +33,6 @@ def ours():
         for pod in pods(rendered(i))
         if pod.spec["containers"][0]["name"] == "trimtab" and (pod.name != "gateway" or "gateway" in SERVICES)
     ]
-
-
-def environment(installation, pod):
-    """The variables of a pod's container, those from ConfigMaps with their values."""
-    maps = {one["metadata"]["name"]: one["data"] for one in find(rendered(installation), "ConfigMap")}
-    found = {}
-    for variable in pod.spec["containers"][0].get("env", []):
-        reference = variable.get("valueFrom", {}).get("configMapKeyRef")
-        found[variable["name"]] = maps[reference["name"]][reference["key"]] if reference else variable.get("value", "x")
-    return found
 
 
 def config_file(installation, pod, folder):
@@ -81,7 +72,7 @@ def test_settings_are_accepted_and_listen_where_the_pod_says(installation, pod, 
         return
     for name in [name for name in os.environ if name.startswith("TRIMTAB_")]:
         monkeypatch.delenv(name)
-    for name, value in environment(installation, pod).items():
+    for name, value in environment(pod.spec["containers"][0], rendered(installation)).items():
         if name.startswith("TRIMTAB_"):
             monkeypatch.setenv(name, value)
     settings = load_config(config_class(pod.name), path)
@@ -112,7 +103,7 @@ def test_every_variable_is_read_by_someone(installation, pod):
         fields = {f"TRIMTAB_{name.upper()}" for name in config_class(pod.name).model_fields}
     fields |= {"TRIMTAB_STORE", "TRIMTAB_DATA"} if pod.name == "rounds" else set()
     fields |= {f"TRIMTAB_CLIENT_{name}" for name in ("TLS_CA", "TLS_CERT", "TLS_KEY", "TLS_SERVER_NAME")}
-    given = {name.partition("__")[0] for name in environment(installation, pod)}
+    given = {name.partition("__")[0] for name in environment(pod.spec["containers"][0], rendered(installation))}
     assert given <= fields | READ_BY_LIBRARIES
 
 

@@ -130,3 +130,12 @@ def test_the_pods_of_all_owners_are_hardened_alike(installation):
         assert own["securityContext"] == model["securityContext"]
         homes = [one for one in model["env"] if "value" in one and not one["name"].startswith("TRIMTAB_")]
         assert [variable for variable in homes if variable not in own["env"]] == [], pod.owner
+
+
+@pytest.mark.parametrize("installation", installations(), ids=label)
+def test_the_variable_that_rounds_write_is_stated_as_a_value(installation):
+    """Else it has no owner before, no conflict is seen, and value and valueFrom together are refused."""
+    for pod in pods(rendered(installation)):
+        if pod.name in ("generator", "reward", "reference"):
+            (model,) = [one for one in pod.spec["containers"][0]["env"] if one["name"] == "TRIMTAB_MODEL"]
+            assert model == {"name": "TRIMTAB_MODEL", "value": "$(DEPLOYED_MODEL)"}

@@ -33,7 +33,7 @@ class ModelServices:
         """Have each named Deployment serve a model ("version:RUN/NAME@STEP"), all at once; returns when they do."""
         for name, model in models.items():
             self.give_back(name, wait=False)
-            env = [{"name": MODEL, "value": model, "valueFrom": None}]
+            env = [{"name": MODEL, "value": model}]
             container = {"name": CONTAINER, "env": env}
             self._patch(name, {"spec": {"template": {"spec": {"containers": [container]}}}})
         for name in models:
