@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trimtab.doctor.shapes import ModelShape
+from trimtab.generator.local.llama_weights import FAMILY
 from trimtab.kernels.chunked_torch import CHUNK_BYTES
 from trimtab.models.attention import SHORT_ON_CPU
 from trimtab.trainer.stages import PpoConfig, RewardModelConfig, SftConfig, Stage
@@ -202,16 +203,33 @@ def _sequences(stage: Stage) -> int:
     return stage.batch_prompts * 9
 
 
-def generator(shape: ModelShape, *, dtype: str, slots: int, longest: int, prefill_tokens: int) -> Need:
+def generator(
+    shape: ModelShape,
+    *,
+    dtype: str,
+    slots: int,
+    longest: int,
+    prefill_tokens: int,
+    on_cpu: bool = False,
+    takes_versions: bool = False,
+) -> Need:
     """The local engine: weights, the KV cache of its slots (vLLM, arXiv:2309.06180, section 3: 2·L·h_kv a token), the
     logits of a decode step in float32 with two copies of the sampler's, and a prefill's pass.
+
+    On a CPU the Llama family's weights are there a second time, packed, and a new version stands beside the one that
+    serves: read as float32 and then in the served dtype, or in that and packed, whichever is more.
     """
     c = DTYPE_BYTES[dtype]
+    packs = on_cpu and shape.model_type in FAMILY and dtype != "float16"
+    packed = c * (shape.layers * shape.block_parameters + shape.head_parameters) if packs else 0
+    coming = max((4 + c) * shape.parameters, c * shape.parameters + packed) if on_cpu and takes_versions else 0
     per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * c
     columns = -(-(longest + max(CACHE_COLUMNS, longest // 2)) // CACHE_COLUMNS) * CACHE_COLUMNS
     return Need(
         {
             "weights": c * shape.parameters,
+            **({"packed weights": packed} if packed else {}),
+            **({"a new version": coming} if coming else {}),
             "KV cache": slots * columns * per_token,
             "logits": 3 * 4 * slots * shape.vocabulary,
             "activations": forward_bytes(shape, c, prefill_tokens),

@@ -88,7 +88,15 @@ def service_need(plan: Plan, name: str, store: Store | None) -> Need | None:
         longest = min(config.max_length or shape.max_length, ppo.stage.max_length if ppo else shape.max_length)
         slots = min(config.max_slots, ppo.batch_size) if ppo else config.max_slots
         prefill = max(config.prefill_tokens, longest)
-        return memory.generator(shape, dtype=config.dtype, slots=slots, longest=longest, prefill_tokens=prefill)
+        return memory.generator(
+            shape,
+            dtype=config.dtype,
+            slots=slots,
+            longest=longest,
+            prefill_tokens=prefill,
+            on_cpu=config.device == "cpu",
+            takes_versions=config.store is not None,
+        )
     if isinstance(config, ReferenceConfig):
         shape = shape_of(config.model, store, plan.like)
         return memory.scorer(shape, dtype=config.dtype, batch_tokens=config.batch_tokens, scalar=False)

@@ -35,6 +35,7 @@ class ModelShape:
         intermediate: width of the MLP, times the experts that a token goes to.
         gated: whether the MLP has a gate beside its up projection.
         query_key_norms: whether queries and keys are normalised per head.
+        model_type: transformers' name of the architecture.
     """
 
     parameters: int
@@ -51,6 +52,7 @@ class ModelShape:
     gated: bool
     query_key_norms: bool
     max_length: int
+    model_type: str = ""
 
     @property
     def scalar_parameters(self) -> int:
@@ -121,6 +123,7 @@ def _shape(config: Any) -> ModelShape:
         gated=bool(names & {"gate_proj", "gate_up_proj"}),
         query_key_norms=bool(names & {"q_norm", "q_layernorm"}),
         max_length=max_length_of(config),
+        model_type=config.model_type,
     )
 
 

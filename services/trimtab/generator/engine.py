@@ -163,6 +163,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def pause_s(self) -> float:
+        """The longest that sampling waited at a time for the newest change of weights, seconds."""
+        ...
+
+    @property
     def waiting(self) -> int:
         """Sequences that no step has started yet."""
         ...

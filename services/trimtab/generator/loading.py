@@ -16,6 +16,7 @@ from trimtab.generator.config import GeneratorConfig
 from trimtab.generator.engine import StagedPatches, StagedWeights
 from trimtab.generator.local import selfcheck
 from trimtab.generator.patches import stage_patches
+from trimtab.generator.turns import quick_turns
 from trimtab.kernels.selfcheck import KernelMismatchError, check_selected_logprobs
 from trimtab.models.errors import ModelLoadError, OtherModelError
 from trimtab.models.folders import load_pretrained
@@ -104,6 +105,13 @@ def stage_weights(
     Raises ServiceError: NOT_FOUND, DATA_LOSS for broken files or weights that are not finite, FAILED_PRECONDITION for
     another digest, architecture or tokenizer, UNAVAILABLE where the store did not answer four times.
     """
+    with quick_turns():
+        return _staged(store, version, policy, served)
+
+
+def _staged(
+    store: Store, version: ModelVersion, policy: Policy, served: ModelVersion | None
+) -> StagedWeights | StagedPatches:
     try:
         manifest = _retried(lambda: store.get(version.run_id, version.name, version.step))
         if version.digest and version.digest != manifest.version.digest:

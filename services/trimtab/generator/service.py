@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 import grpc.aio
+from prometheus_client import Gauge
 
 from trimtab.generator.config import GeneratorConfig
 from trimtab.generator.driver import EngineDriver
@@ -20,6 +21,7 @@ from trimtab.models.policy import Policy
 from trimtab.runtime import model_service, tracing
 from trimtab.runtime.calls import deadline_of
 from trimtab.runtime.errors import ServiceError, StartError, deadline_exceeded, internal, precondition, unavailable
+from trimtab.runtime.metrics import Metrics
 from trimtab.runtime.model_service import ModelServicer, Served, ServedModel, pinned
 from trimtab.runtime.server import ServerContext, Service, serve
 from trimtab.weights.errors import StoreError
@@ -60,7 +62,7 @@ async def load(context: ServerContext) -> Sequence[Service]:
     policy, max_length = loaded.policy, max_length_of(config, loaded.policy)
     engine = await make_engine(context, config, loaded, max_length)
     driver = EngineDriver(engine, context.worker, context.metrics, queue_limit=config.queue_limit)
-    swapper = Swapper(config, policy, store, driver) if store is not None else None
+    swapper = Swapper(config, policy, store, driver, context.metrics) if store is not None else None
     served = ServedModel(
         Served(loaded.version, policy, model_info(config, policy, loaded.version)),
         stage=swapper.stage if swapper is not None else None,
@@ -79,11 +81,18 @@ async def load(context: ServerContext) -> Sequence[Service]:
 class Swapper:
     """Stages a version beside the running engine and asks the engine to swap to it."""
 
-    def __init__(self, config: GeneratorConfig, policy: Policy, store: Store, driver: EngineDriver) -> None:
+    def __init__(
+        self, config: GeneratorConfig, policy: Policy, store: Store, driver: EngineDriver, metrics: Metrics
+    ) -> None:
         self._config = config
         self._policy = policy
         self._store = store
         self._driver = driver
+        self._pause = Gauge(
+            "trimtab_swap_pause_seconds",
+            "The longest that sampling waited at a time for the newest version.",
+            registry=metrics.registry,
+        )
 
     async def stage(self, version: ModelVersion) -> Served[Policy]:
         """Return once the engine samples with `version`; raises ServiceError, the old version then stays."""
@@ -96,6 +105,7 @@ class Swapper:
             now = await asyncio.wrap_future(swapping)
         except ValueError as error:
             raise precondition(f"{version}: {error}") from error
+        self._pause.set(engine.pause_s)
         await asyncio.to_thread(let_go, staged)
         return Served(now, self._policy, model_info(self._config, self._policy, now))
 

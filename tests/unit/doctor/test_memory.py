@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from trimtab.doctor import memory
 from trimtab.doctor.shapes import UnknownShapeError, shape_of
+from trimtab.generator.local.llama import LlamaRunner
 from trimtab.generator.local.runner import ModelRunner
 from trimtab.models import attention, last_layer, lora, norms, rotary
 from trimtab.models.packing import pack
@@ -96,6 +97,22 @@ def test_the_kv_cache_grows_to_what_is_reckoned_and_no_further(tmp_path):
         shape_of(str(tmp_path), None), dtype="float32", slots=rows, longest=longest, prefill_tokens=1
     )
     assert 0.6 * need.parts["KV cache"] < runner.cache.size_bytes <= need.parts["KV cache"]
+
+
+def test_a_generators_packed_weights_are_counted(tmp_path):
+    model = llama(3, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    runner = LlamaRunner(model.eval(), max_rows=1)
+    linears = [
+        linear for layer in runner._weights.layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
+    ]
+    packed = 4 * sum(linear.elements for linear in [*linears, runner._weights.head])
+    shape = shape_of(str(tmp_path), None)
+    settings = {"dtype": "float32", "slots": 1, "longest": 64, "prefill_tokens": 1}
+    need = memory.generator(shape, **settings, on_cpu=True, takes_versions=True)
+    assert packed <= need.parts["packed weights"] <= 1.01 * packed
+    assert need.parts["a new version"] == 8 * shape.parameters  # as float32, and as it will serve
+    assert "packed weights" not in memory.generator(shape, **settings).parts
 
 
 def test_more_ranks_share_what_is_kept_and_not_what_passes():

@@ -63,6 +63,12 @@ def overwrite(tensor: torch.Tensor, patch: WeightPatch) -> None:
     flat.index_copy_(0, patch.positions.to(flat.device), patch.values.to(flat.device))
 
 
+def pieces(patch: WeightPatch, count: int) -> Iterator[WeightPatch]:
+    """The patch in parts of at most `count` elements."""
+    for positions, values in zip(patch.positions.split(count), patch.values.split(count), strict=True):
+        yield WeightPatch(patch.name, positions, values)
+
+
 def check_patches(live: Mapping[str, torch.Tensor], patches: Sequence[WeightPatch]) -> None:
     """Raise ValueError naming the first tensor that is unknown or of another dtype, or too small."""
     for patch in patches:

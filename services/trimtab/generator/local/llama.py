@@ -18,11 +18,16 @@ from transformers import PreTrainedModel
 
 from trimtab.generator.engine import StagedPatches, StagedWeights
 from trimtab.generator.local.blocks import in_blocks, padded, whole_blocks
-from trimtab.generator.local.live_weights import LiveWeights, overwrite
+from trimtab.generator.local.live_weights import LiveWeights, overwrite, pieces
 from trimtab.generator.local.llama_weights import Layer, LlamaWeights, Packer
 from trimtab.generator.local.row_attention import Attend, HeadShape, RowAttention, Span
 from trimtab.generator.local.row_cache import RowCache
 from trimtab.models.norms import normalized
+
+PIECE = 2**20
+"""Elements of a new version that are copied, or overwritten, in one piece."""
+SCATTERED = 4
+"""What overwriting a single element takes, in elements copied in a row."""
 
 
 class LlamaRunner(LiveWeights):
@@ -72,9 +77,13 @@ class LlamaRunner(LiveWeights):
             for patch in staged.patches:
                 parameter = live[patch.name]
                 if id(parameter) not in patched:
-                    patched[id(parameter)] = parameter.detach().clone()
-                    yield parameter.numel()
-                overwrite(patched[id(parameter)], patch)
+                    copied = patched[id(parameter)] = torch.empty_like(parameter.detach())
+                    parts = zip(copied.view(-1).split(PIECE), parameter.detach().view(-1).split(PIECE), strict=True)
+                    for target, source in parts:
+                        yield target.copy_(source).numel()
+                for part in pieces(patch, PIECE):
+                    overwrite(patched[id(parameter)], part)
+                    yield SCATTERED * len(part.positions)
             # By the parameter, not by the name: a tied head has the embedding's.
             coming = {name: patched[id(of)] for name, of in live.items() if id(of) in patched}
         else:

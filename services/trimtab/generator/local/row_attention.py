@@ -89,13 +89,17 @@ class RowAttention:
         """q [B, H, head_dim], keys and values [B, key heads, at least width, head_dim] → [B, H · head_dim]."""
         shape, rows = self._shape, len(q)
         keys, values = (cached[:, :, :width].flatten(0, 1) for cached in (keys, values))
-        if shape.dtype is torch.bfloat16:
-            keys = keys.contiguous()  # oneDNN would copy it transposed, which takes thrice as long
         group = shape.heads // shape.key_heads
+        if shape.dtype is torch.bfloat16 and group > 1:
+            keys = keys.contiguous()  # oneDNN would copy it transposed, which takes thrice as long
         q = q.reshape(rows * shape.key_heads, group, shape.head_dim)
         start = q.new_zeros(1) if bias is None else bias.expand(-1, group, -1)
-        scale = shape.head_dim**-0.5
-        scores = torch.baddbmm(start, q, keys.transpose(1, 2), beta=0 if bias is None else 1, alpha=scale)
+        options = {"beta": 0 if bias is None else 1, "alpha": shape.head_dim**-0.5}
+        if group == 1:  # a matrix times a vector takes less than the vector times the transposed matrix
+            start = start if bias is None else start.transpose(1, 2)
+            scores = torch.baddbmm(start, keys, q.transpose(1, 2), **options).transpose(1, 2)
+        else:
+            scores = torch.baddbmm(start, q, keys.transpose(1, 2), **options)
         shares = torch.softmax(scores, -1, dtype=torch.float32).to(shape.dtype)
         return torch.bmm(shares, values).view(rows, -1)
 

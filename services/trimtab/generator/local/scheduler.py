@@ -111,6 +111,7 @@ class LocalEngine:
         self._cancelled: set[int] = set()
         self._pending: PendingSwap | None = None
         self._filling: Filling | None = None
+        self._pause_s = 0.0
 
     @property
     def version(self) -> ModelVersion:
@@ -121,6 +122,11 @@ class LocalEngine:
     def takes_patches(self) -> bool:
         """Its weights are in this process: single elements of them can be overwritten."""
         return True
+
+    @property
+    def pause_s(self) -> float:
+        """The longest that sampling waited at a time for the newest change of weights, seconds."""
+        return self._pause_s
 
     @property
     def waiting(self) -> int:
@@ -169,6 +175,7 @@ class LocalEngine:
             return done
         with self._lock:
             replaced, self._pending = self._pending, PendingSwap(staged, mode, done, self._runner.prepare(staged))
+            self._pause_s = 0.0
         if replaced is not None and replaced.done.set_running_or_notify_cancel():
             replaced.done.set_exception(ValueError(f"{replaced.staged.version} was replaced by {staged.version}"))
         return done
@@ -190,7 +197,9 @@ class LocalEngine:
     def step(self) -> list[Outcome]:
         """Swap if due, prefill into free slots, decode one token for every live sequence; return what ended."""
         self._take_messages()
+        started_s = time.perf_counter()
         self._swap_if_due()
+        self._pause_s = max(self._pause_s, time.perf_counter() - started_s)
         outcomes = self._fill(self._filling) if self._filling is not None else self._admit()
         if self.live:
             outcomes += self._decode()

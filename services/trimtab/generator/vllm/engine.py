@@ -110,6 +110,11 @@ class VllmEngine:
         return False
 
     @property
+    def pause_s(self) -> float:
+        """How long sampling waited for the newest change of weights, seconds."""
+        return self._weights.pause_s
+
+    @property
     def waiting(self) -> int:
         """Sequences that vLLM does not have yet."""
         with self._changed:

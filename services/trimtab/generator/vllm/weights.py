@@ -27,6 +27,7 @@ class Weights:
     Attributes:
         versions: what each of vLLM's weight labels stands for.
         label: the one of now.
+        pause_s: how long requests were paused for the newest change.
     """
 
     def __init__(self, llm: Any, policy: Policy, version: ModelVersion, folder: str, *, max_length: int) -> None:
@@ -37,6 +38,7 @@ class Weights:
         self._labels = itertools.count()
         self._probes = itertools.count()
         self.version = version
+        self.pause_s = 0.0
         self.label = ""
         self.versions: dict[str, ModelVersion] = {}
 
@@ -81,15 +83,15 @@ class Weights:
         started_s, label = time.monotonic(), self._new_label(staged.version)
         try:
             await change_weights(self._llm, str(staged.folder), label, recompute_kv=recompute_kv)
-            paused_s = time.monotonic() - started_s
+            self.pause_s = time.monotonic() - started_s
             difference = self._probe.check(expected, await self._measure())
         except Exception as error:
             await self._put_back()
             raise ValueError(f"vLLM did not take it, {self.version} serves on: {error}") from error
         self.version, self.label, self._folder = staged.version, label, str(Path(staged.folder or ""))
         self._adopt(staged)
-        checked_s = time.monotonic() - started_s - paused_s
-        seconds = {"paused_s": round(paused_s, 4), "checked_s": round(checked_s, 4)}
+        checked_s = time.monotonic() - started_s - self.pause_s
+        seconds = {"paused_s": round(self.pause_s, 4), "checked_s": round(checked_s, 4)}
         log.info("weights changed in place", version=str(self.version), mean_nats=difference, **seconds)
         return self.version
 
