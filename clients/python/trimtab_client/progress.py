@@ -1,4 +1,4 @@
-"""A progress line for long jobs: rows, rows a second and, where the end is known, what is left."""
+"""The progress of long jobs: rows, rows a second and, where the end is known, a bar and what is left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TextIO
 
 EVERY_S = 0.5
 EVERY_WITHOUT_TERMINAL_S = 30.0
+BAR_WIDTH = 24
 
 
 class Progress:
@@ -44,8 +45,11 @@ class Progress:
         rate = self._rows / max(1e-9, time.monotonic() - self._started_s)
         text = f"{self._rows:,} rows, {rate:,.0f} rows/s"
         if self._total:
-            left_s = (self._total - self._rows) / rate if rate else 0.0
-            text = f"{100 * self._rows / self._total:3.0f} %  {text}, {_duration(left_s)} left"
+            part = min(1.0, self._rows / self._total)
+            left_s = max(0, self._total - self._rows) / rate if rate else 0.0
+            text = (
+                f"[{'#' * int(BAR_WIDTH * part):.<{BAR_WIDTH}}] {100 * part:3.0f} %  {text}, {_duration(left_s)} left"
+            )
         self._stream.write(self._line.format(text))
         self._stream.flush()
 

@@ -208,6 +208,7 @@ class RewardClient(ModelClient):
         batch_rows: int = BATCH_ROWS,
         at_once: int | None = None,
         progress: bool = False,
+        total: int | None = None,
         version: VersionPin | None = None,
         truncate: bool = False,
         timeout_s: float | None = None,
@@ -222,7 +223,8 @@ class RewardClient(ModelClient):
         raised and what came before is yours. Closing the iterator sends no more.
 
         Args:
-            progress: show a progress line on stderr, with what is left where `rows` has a length.
+            progress: show on stderr how far it is; with a bar and the time left where the number of rows is known.
+            total: the number of rows, where `rows` has no length.
             timeout_s: of a batch.
             scorer, deterministic: as in the other calls.
         """
@@ -232,7 +234,7 @@ class RewardClient(ModelClient):
             return call(batch, version, truncate, timeout_s, scorer=scorer, deterministic=deterministic)
 
         info = self._transport.run(self._limits.get(), timeout_s)
-        shown = Progress(progress, len(rows) if isinstance(rows, Sized) else None)
+        shown = Progress(progress, len(rows) if isinstance(rows, Sized) else total)
         most = at_once or BATCHES_AT_ONCE_PER_ADDRESS * self._transport.routing.replicas
         return score_in_batches(score, rows, Batches(info, batch_rows), most, shown)
 
@@ -301,6 +303,7 @@ class AsyncRewardClient(AsyncModelClient):
         batch_rows: int = BATCH_ROWS,
         at_once: int | None = None,
         progress: bool = False,
+        total: int | None = None,
         version: VersionPin | None = None,
         truncate: bool = False,
         timeout_s: float | None = None,
@@ -315,7 +318,8 @@ class AsyncRewardClient(AsyncModelClient):
         its TrimtabError is raised and what came before is yours. Closing the iterator cancels what is in flight.
 
         Args:
-            progress: show a progress line on stderr, with what is left where `rows` has a length.
+            progress: show on stderr how far it is; with a bar and the time left where the number of rows is known.
+            total: the number of rows, where `rows` has no length.
             timeout_s: of a batch.
             scorer, deterministic: as in the other calls.
         """
@@ -325,7 +329,7 @@ class AsyncRewardClient(AsyncModelClient):
             return await call(batch, version, truncate, timeout_s, scorer=scorer, deterministic=deterministic)
 
         info = await self._transport.run(self._limits.get(), timeout_s)
-        shown = Progress(progress, len(rows) if isinstance(rows, Sized) else None)
+        shown = Progress(progress, len(rows) if isinstance(rows, Sized) else total)
         most = at_once or BATCHES_AT_ONCE_PER_ADDRESS * self._transport.routing.replicas
         async for one in score_in_batches_async(score, rows, Batches(info, batch_rows), most, shown):
             yield one

@@ -62,6 +62,10 @@ def route_of(path: str) -> str | None:
 class Gate:
     """Admits callers by credentials, role and rate."""
 
+    def __init__(self, config: GatewayConfig, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+        self._rates = RateLimiter(config.requests_per_s, config.burst) if config.requests_per_s is not None else None
+
     @property
     def is_open(self) -> bool:
         """Whether everybody may call."""
@@ -73,10 +77,6 @@ class Gate:
             return await self._authenticator.admit(headers, names)
         except ServiceError as error:
             raise Problem(error.code.name, error.message, retry_after_s=error.retry_after_s) from None
-
-    def __init__(self, config: GatewayConfig, authenticator: Authenticator) -> None:
-        self._authenticator = authenticator
-        self._rates = RateLimiter(config.requests_per_s, config.burst) if config.requests_per_s is not None else None
 
     async def admit(self, route: str | None, headers: Headers, names: Sequence[str], host: str) -> Caller:
         """Who calls, from `host` and with these names in their certificate; Problem 401, 403 or 429."""

@@ -99,6 +99,8 @@ class Guard:
         names = scope.get("state", {}).get(CERTIFICATE_NAMES, ())
         caller = await self._gate.admit(answer.route, headers, names, host)
         answer.caller = caller.name
+        if answer.route is None:
+            raise Problem("NOT_FOUND", f"{scope['path']} is no route; /openapi.json lists them")
         if self._in_flight > self._config.limits.max_concurrent_calls:
             raise Problem("RESOURCE_EXHAUSTED", f"{self._in_flight - 1} requests are in flight", retry_after_s=1.0)
         timeout_s = self._timeout_s(headers)

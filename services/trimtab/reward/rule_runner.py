@@ -64,7 +64,7 @@ class RuleRunner:
         """
         if not self._pumps:
             raise unavailable("the server is draining")
-        if len(self._queue) + len(items) > self._queue_limit:
+        if self._queue and len(self._queue) + len(items) > self._queue_limit:
             raise exhausted(
                 f"the queue of scorer {self._name} holds {len(self._queue)} of {self._queue_limit} responses",
                 retry_after_s=min(30.0, max(0.1, self._seconds_per_item * len(self._queue))),

@@ -1,4 +1,4 @@
-"""Every gRPC service of trimtab in one process, with tiny models: `every_service.py FOLDER`.
+"""Every gRPC service of trimtab in one process, with tiny models, the gateway's too: `every_service.py FOLDER`.
 
 FOLDER holds policy/, reward/ and store/. Writes FOLDER/addresses.json once all serve; ends when stdin does.
 """
@@ -10,13 +10,15 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+from trimtab.gateway import service as gateway
+from trimtab.gateway.config import GatewayConfig
 from trimtab.generator import service as generator
 from trimtab.generator.config import GeneratorConfig
 from trimtab.reference import service as reference
 from trimtab.reference.config import ReferenceConfig
 from trimtab.reward import service as reward
 from trimtab.reward.config import RewardConfig
-from trimtab.runtime.config import RequestLimits
+from trimtab.runtime.config import RequestLimits, ServiceConfig
 from trimtab.runtime.logs import configure_logs
 from trimtab.runtime.server import RunningServer
 from trimtab.trainer import service as trainer
@@ -50,11 +52,20 @@ async def main(folder: Path) -> None:
         "trainer": (trainer, TrainerConfig(folder=folder / "runs", **shared)),
     }
     async with AsyncExitStack() as stack:
-        addresses = {}
-        for label, (room, config) in rooms.items():
+        addresses: dict[str, str] = {}
+
+        async def run(label: str, room: Any, config: ServiceConfig) -> None:
             server = RunningServer(label, config, services=room.SERVICES, load=room.load)
             await stack.enter_async_context(server)
             addresses[label] = server.address
+            if "http_port" in server.context.ports:
+                addresses["http"] = f"127.0.0.1:{server.context.ports['http_port']}"
+
+        for label, (room, config) in rooms.items():
+            await run(label, room, config)
+        del shared["store"]
+        behind = {name: addresses[name] for name in ("reward", "generator")}
+        await run("gateway", gateway, GatewayConfig(**behind, http_port=0, requests_per_s=None, **shared))
         partial = folder / "addresses.partial"
         partial.write_text(json.dumps(addresses))
         partial.rename(folder / "addresses.json")

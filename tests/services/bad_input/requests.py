@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from tests.services.every_method import services
+from trimtab.gateway.oip_v2 import open_inference_grpc_pb2 as inference_pb2
 from trimtab_client.ragged import RaggedTokens, encode_ids
 from trimtab_client.v1 import generator_pb2, model_pb2, reference_pb2, reward_pb2, tokens_pb2, trainer_pb2
 
@@ -17,9 +19,8 @@ SERVERS = {
     "trimtab.v1.ReferenceService": ("reference",),
     "trimtab.v1.TrainerService": ("trainer",),
     "trimtab.v1.ModelService": ("generator", "reward", "reference"),
+    "inference.GRPCInferenceService": ("gateway",),
 }
-SERVED_ELSEWHERE = {"inference.GRPCInferenceService"}
-"""Services of rooms that have a test like this of their own."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,6 @@ def targets(digest: str) -> list[Target]:
     good = good_requests(digest)
     found = []
     for name, (descriptor, _) in services().items():
-        if name in SERVED_ELSEWHERE:
-            continue
         for method in descriptor.methods:
             path = f"/{name}/{method.name}"
             requests = good.get(path) or (GetMessageClass(method.input_type)(),)
@@ -78,7 +77,7 @@ def good_requests(digest: str) -> dict[str, tuple[Message, ...]]:
     rewards = trainer_pb2.RewardModelConfig(stage=stage, data="nowhere.jsonl", batch_prompts=2)
     ppo = trainer_pb2.PpoConfig(stage=stage, prompts="nowhere.jsonl", steps=2, batch_size=4, minibatch_size=2)
     version = model_pb2.ModelVersion(run_id="rm", name="reward", step=1)
-    run = "/trimtab.v1.TrainerService/"
+    run, inference = "/trimtab.v1.TrainerService/", "/inference.GRPCInferenceService/"
     return {
         "/trimtab.v1.RewardService/Score": tuple(scores),
         "/trimtab.v1.GeneratorService/Generate": (
@@ -90,6 +89,9 @@ def good_requests(digest: str) -> dict[str, tuple[Message, ...]]:
                 tokens=ragged, tokenizer_digest=digest, temperature=0.7, include_lse=True, include_hidden=True
             ),
         ),
+        f"{inference}ModelReady": (inference_pb2.ModelReadyRequest(name="reward"),),
+        f"{inference}ModelMetadata": (inference_pb2.ModelMetadataRequest(name="reward:words"),),
+        f"{inference}ModelInfer": tuple(_inferences()),
         "/trimtab.v1.ModelService/LoadVersion": (model_pb2.LoadVersionRequest(version=version),),
         f"{run}Start": (
             trainer_pb2.StartRequest(run_id="run-a", sft=sft),
@@ -98,8 +100,37 @@ def good_requests(digest: str) -> dict[str, tuple[Message, ...]]:
         ),
         f"{run}Status": (trainer_pb2.StatusRequest(run_id="run-a"),),
         f"{run}Watch": (trainer_pb2.WatchRequest(run_id="run-a", after_step=0),),
+        f"{run}Samples": (trainer_pb2.SamplesRequest(run_id="run-a", step=1, watched=True),),
         f"{run}Pause": (trainer_pb2.PauseRequest(run_id="run-a"),),
         f"{run}Resume": (trainer_pb2.ResumeRequest(run_id="run-a"),),
         f"{run}Checkpoint": (trainer_pb2.CheckpointRequest(run_id="run-a"),),
         f"{run}Stop": (trainer_pb2.StopRequest(run_id="run-a"),),
     }
+
+
+def _inferences() -> Iterator[Message]:
+    """Of the Open Inference Protocol: texts in either of its two places, and every scorer."""
+    Tensor = inference_pb2.ModelInferRequest.InferInputTensor
+    Output = inference_pb2.ModelInferRequest.InferRequestedOutputTensor
+    columns = {"prompt": [b"w1", b"w2 w3"], "response": [b"w4", b"w5"], "reference": [b"w4", b"w6"]}
+    for scorer in ("reward", "reward:words", "reward:exact", "reward:blend"):
+        yield inference_pb2.ModelInferRequest(
+            model_name=scorer,
+            id="one",
+            inputs=[
+                Tensor(
+                    name=name,
+                    datatype="BYTES",
+                    shape=[2],
+                    contents=inference_pb2.InferTensorContents(bytes_contents=values),
+                )
+                for name, values in columns.items()
+            ],
+            outputs=[Output(name="score")],
+            parameters={"truncate": inference_pb2.InferParameter(bool_param=True)},
+        )
+    yield inference_pb2.ModelInferRequest(
+        model_name="reward",
+        inputs=[Tensor(name="text", datatype="BYTES", shape=[2, 1])],
+        raw_input_contents=[b"\2\0\0\0w1\2\0\0\0w2"],
+    )

@@ -5,14 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
-import os
 import random
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,10 +14,10 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 
+from tests.services.bad_input.conftest import Running
 from tests.services.bad_input.mutations import mutated
 from tests.services.bad_input.requests import Target, targets
-from trimtab.weights.store import open_store
-from trimtab_client import RewardClient
+from trimtab_client.v1 import model_pb2
 
 REFUSALS = {
     StatusCode.INVALID_ARGUMENT,
@@ -36,49 +29,10 @@ REFUSALS = {
 """What a caller can do something about; and UNAVAILABLE, where a version is pinned that may still come."""
 AT_ONCE = 24
 PATIENCE_S = 120.0
-PINNED_PATIENCE_S = 2.0
+PINNED_AT_ONCE, PINNED_PATIENCE_S = 200, 5.0
+"""Calls that wait for a version, which cost nothing meanwhile, and for how long they do."""
 GROWTH_MB = 60
-"""What caches of all four services may still grow by once each RPC has seen some hundreds of requests."""
-
-
-@dataclass(frozen=True)
-class Running:
-    """The process of every service, where they listen, and the digest of their tokenizer."""
-
-    process: subprocess.Popen[bytes]
-    addresses: dict[str, str]
-    digest: str
-
-    def memory_mb(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0]) / 1024
-
-
-@pytest.fixture(scope="module")
-def running(make_tiny, tmp_path_factory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("every-service")
-    store = open_store(str(folder / "store"))
-    store.publish(make_tiny("reward", seed=1), run_id="rm", name="reward", step=1)
-    make_tiny("policy").rename(folder / "policy")
-    script = Path(__file__).with_name("every_service.py")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    log = (folder / "log").open("wb")
-    command = [sys.executable, str(script), str(folder)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, cwd=folder, env=environment)
-    try:
-        written = folder / "addresses.json"
-        until = time.monotonic() + 2 * PATIENCE_S
-        while not written.exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.1)
-        assert written.exists(), (folder / "log").read_text()[-2000:]
-        addresses = json.loads(written.read_text())
-        with RewardClient(addresses["reward"]) as client:
-            digest = client.get_model().tokenizer_digest
-        yield Running(process, addresses, digest)
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
+"""What caches of all five services may still grow by once each RPC has seen some hundreds of requests."""
 
 
 def refuses(target: Target, data: bytes, error: grpc.aio.AioRpcError) -> str | None:
@@ -108,8 +62,10 @@ def _is_pinned(target: Target, data: bytes) -> bool:
         request = type(target.requests[0]).FromString(data)  # type: ignore[attr-defined]
     except Exception:
         return False
+    if getattr(request, "model_version", ""):  # the Open Inference Protocol's
+        return True
     version: Any = getattr(request, "version", None)
-    return version is not None and request.HasField("version") and hasattr(version, "WhichOneof")
+    return isinstance(version, model_pb2.VersionPin) and request.HasField("version")
 
 
 class Sender:
@@ -120,12 +76,13 @@ class Sender:
         self.channels = channels
         self.codes: collections.Counter[tuple[str, str]] = collections.Counter()
         self.wrong: list[str] = []
-        self._free = asyncio.Semaphore(AT_ONCE)
+        self._free = {True: asyncio.Semaphore(PINNED_AT_ONCE), False: asyncio.Semaphore(AT_ONCE)}
 
     async def send(self, target: Target, data: bytes, what: str) -> None:
-        async with self._free:
+        waits = _is_pinned(target, data) or "Watch" in target.path
+        async with self._free[waits]:
             channel = self.channels[target.server]
-            timeout_s = PINNED_PATIENCE_S if _is_pinned(target, data) or "Watch" in target.path else PATIENCE_S
+            timeout_s = PINNED_PATIENCE_S if waits else PATIENCE_S
             code = StatusCode.OK
             try:
                 if target.streams:
@@ -146,9 +103,11 @@ class Sender:
         for number in range(count):
             target = all_targets[number % len(all_targets)]
             data, what = mutated(rng.choice(target.requests), rng)
-            sending.add(asyncio.create_task(self.send(target, data, what)))
-            if len(sending) >= 2 * AT_ONCE:
-                _, sending = await asyncio.wait(sending, return_when=asyncio.FIRST_COMPLETED)
+            task = asyncio.create_task(self.send(target, data, what))
+            sending.add(task)
+            task.add_done_callback(sending.discard)
+            if len(sending) >= PINNED_AT_ONCE + 2 * AT_ONCE:
+                await asyncio.wait(sending, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.gather(*sending)
 
 

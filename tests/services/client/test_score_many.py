@@ -152,7 +152,7 @@ async def test_memory_does_not_grow_with_the_number_of_rows(style):
     assert many < few + 12 * 2**20  # the rows alone are 50 MiB
 
 
-def test_progress_is_a_line_redrawn_on_a_terminal():
+def test_progress_is_a_bar_redrawn_on_a_terminal():
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -164,7 +164,9 @@ def test_progress_is_a_line_redrawn_on_a_terminal():
     progress.add(100)
     progress.done()
     text = shown.getvalue()
-    assert text.startswith("\r\x1b[2K 50 %  100 rows") and text.endswith("left\n") and "100 %  200 rows" in text
+    half, whole = "#" * 12 + "." * 12, "#" * 24
+    assert text.startswith(f"\r\x1b[2K[{half}]  50 %  100 rows") and text.endswith("left\n")
+    assert f"[{whole}] 100 %  200 rows" in text
     silent = Progress(False)
     silent.add(1)
     silent.done()

@@ -2,7 +2,7 @@
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,11 +15,16 @@ from cryptography import x509
 from tests.services.authority import LOOPBACK, Authority
 from tests.services.gateway.conftest import PORTS, TIMEOUT_S
 from tests.services.token_issuer import TokenIssuer
-from trimtab.gateway.access import NO_CREDENTIALS, ROLES
+from trimtab.gateway.access import NO_CREDENTIALS, ROLES, WAY_IN, Gate
+from trimtab.gateway.app import create_app
 from trimtab.gateway.config import GatewayConfig
+from trimtab.gateway.room import Room
 from trimtab.gateway.service import LABEL, SERVICES, load
+from trimtab.gateway.upstreams import Upstreams
+from trimtab.runtime.auth import Authenticator
 from trimtab.runtime.auth_config import AuthConfig
 from trimtab.runtime.keys import add_key
+from trimtab.runtime.metrics import Metrics
 from trimtab.runtime.roles import ANY
 from trimtab.runtime.roles import ROLES as EVERY_ROLE
 from trimtab.runtime.server import RunningServer
@@ -193,3 +198,26 @@ async def test_a_renewed_certificate_is_shown_without_a_restart(authority, keys_
 
 def test_the_table_of_roles_uses_roles_that_exist():
     assert set(ROLES.values()) <= EVERY_ROLE | {ANY}
+
+
+async def test_the_table_knows_every_route_of_the_application_and_no_other_exists():
+    config = GatewayConfig(reward="127.0.0.1:1")
+    gate = Gate(config, Authenticator(config.auth))
+    app = create_app(Room(config, Upstreams(config)), gate, Metrics())
+    paths = {path.replace(":path", "") for path in _paths(app.routes)}
+    assert paths == ROLES.keys() | NO_CREDENTIALS | WAY_IN
+
+    @app.get("/forgotten")
+    def forgotten() -> str:
+        return "nobody has said who may read this"
+
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://gateway") as http:
+        assert (await http.get("/healthz")).status_code == 200
+        answer = await http.get("/forgotten")
+    assert answer.status_code == 404 and "/forgotten" in answer.json()["error"]["message"]
+
+
+def _paths(routes: Sequence[Any]) -> Iterator[str]:
+    for route in routes:
+        nested = getattr(route, "original_router", None)
+        yield from _paths(nested.routes) if nested is not None else [route.path]

@@ -1,15 +1,14 @@
 """Thousands of mutated bodies at every route: each refusal is typed and names a field, and the gateway stands it."""
 
 import asyncio
+import json
 import random
-import resource
 from collections import Counter
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 
 import httpx2
 import pytest
 
-from tests.services.gateway.conftest import Edge
 from tests.services.gateway.mutations import mutated
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -30,7 +29,11 @@ BODIES = [
 ]
 
 
-async def refusals_of(edge: Edge, count: int, seed: int) -> Counter[str]:
+Post = Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
+"""Sends a JSON body to a path; the status and the body of the answer."""
+
+
+async def refusals_of(post: Post, count: int, seed: int) -> Counter[str]:
     """Send so many; what came back, by kind and status. Fails at the first answer that is no answer."""
     random_ = random.Random(seed)
     seen: Counter[str] = Counter()
@@ -38,14 +41,17 @@ async def refusals_of(edge: Edge, count: int, seed: int) -> Counter[str]:
 
     async def one(path: str, content: bytes, kind: str) -> None:
         async with at_once:
-            answer = await edge.http.post(path, content=content, headers={"content-type": "application/json"})
-        told = f"{path} {kind} {content[:300]!r} → {answer.status_code} {answer.text[:300]}"
-        assert answer.status_code in (200, 400, 404, 422), told
-        if answer.status_code != 200:
-            error = answer.json()["error"]
+            status, answer = await post(path, content)
+        told = f"{path} {kind} {content[:300]!r} → {status} {answer[:300]!r}"
+        if status == 503:  # a service that follows versions waits for one that may still come
+            assert b'"version"' in content and json.loads(answer)["error"]["code"] == "UNAVAILABLE", told
+            return
+        assert status in (200, 400, 404, 422), told
+        if status != 200:
+            error = json.loads(answer)["error"]
             assert error["code"] in ("INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND"), told
             assert error["field"] and error["message"], told
-        seen[f"{kind} {answer.status_code}"] += 1
+        seen[f"{kind} {status}"] += 1
 
     tasks = []
     for _ in range(count):
@@ -60,19 +66,13 @@ async def refusals_of(edge: Edge, count: int, seed: int) -> Counter[str]:
 
 
 async def test_every_mutated_body_is_answered_or_refused_by_field(edge):
-    seen = await refusals_of(edge, 1500, seed=1)
+    async def post(path: str, content: bytes) -> tuple[int, bytes]:
+        answer = await edge.http.post(path, content=content, headers={"content-type": "application/json"})
+        return answer.status_code, answer.content
+
+    seen = await refusals_of(post, 1500, seed=1)
     assert sum(count for kind, count in seen.items() if not kind.endswith("200")) > 750
     assert {kind.split()[0] for kind in seen} >= {"value", "drop", "add", "bytes", "cut", "utf8", "depth"}
-    assert (await edge.http.get("/healthz")).status_code == 200
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-async def test_a_hundred_thousand_mutated_bodies_leave_memory_as_it_was(edge):
-    await refusals_of(edge, 5_000, seed=2)
-    before = _resident_bytes()
-    await refusals_of(edge, 100_000, seed=3)
-    assert _resident_bytes() < before + 40 * 1024 * 1024
     assert (await edge.http.get("/healthz")).status_code == 200
 
 
@@ -88,8 +88,3 @@ async def test_a_caller_that_hangs_up_ends_the_work_behind_the_gateway(edge):
         await edge.http.post("/v1/generate", json=body, timeout=httpx2.Timeout(10, read=0.2))
     quick = {"prompts": ["w1"], "sampling": {"max_tokens": 1}}
     assert (await edge.http.post("/v1/generate", json=quick, timeout=5)).status_code == 200
-
-
-def _resident_bytes() -> int:
-    """Of this process, which holds the gateway, the services and the test itself."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -34,7 +34,8 @@ async def test_triton_s_client_gets_the_reward_service_s_scores(edge, upstreams)
     np.testing.assert_allclose(told["scores"], both.scores, rtol=1e-6)
     np.testing.assert_allclose(told["normalized"], both.normalized_scores, rtol=1e-6)
     np.testing.assert_allclose(told["alone"], alone.scores, rtol=1e-6)
-    assert told["live"] and told["ready"] and told["model_ready"] == [True, False] and told["id"] == "r-1"
+    assert told["live"] and told["ready"] and told["id"] == "r-1"
+    assert told["model_ready"] == [True, False, True, False] and told["versions"] == ["0"]
     assert told["outputs_of_alone"] == ["score"] and told["inputs"] == ["prompt", "response", "text", "reference"]
     (unknown, _), (missing, message) = told["refusals"]
     assert unknown == "StatusCode.NOT_FOUND" and missing == "StatusCode.INVALID_ARGUMENT"
@@ -107,6 +108,19 @@ async def test_calls_count_with_the_requests_over_http_and_too_many_are_told_whe
 )
 async def test_the_host_of_a_grpc_peer(peer, host):
     assert host_of(peer) == host
+
+
+async def test_what_the_service_refuses_is_named_in_this_protocol_s_words(edge):
+    async with grpc.aio.insecure_channel(edge.grpc) as channel:
+        stub = stubs.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.ModelInfer(pb.ModelInferRequest(model_name="reward", inputs=[tensor(values=(b"w1 " * 200,))]))
+        error = from_rpc_error(refused.value)
+        assert (error.code, error.field) == ("INVALID_ARGUMENT", "inputs")
+        assert error.message.startswith("inputs: sequence 0 has ")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.ModelInfer(pb.ModelInferRequest(model_name="reward:none", inputs=[tensor()]))
+    assert from_rpc_error(refused.value).field == "model_name"
 
 
 async def test_a_step_that_is_not_served_is_not_scored_by_another(edge):

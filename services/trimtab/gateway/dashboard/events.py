@@ -20,6 +20,7 @@ from fastapi.responses import Response, StreamingResponse
 from trimtab.gateway.guard import visit_of
 from trimtab.gateway.problems import Problem
 from trimtab.gateway.room import room_of
+from trimtab.gateway.schemas import STEP_MAX
 from trimtab_client import AsyncTrainerClient, RunStatus, StepMetrics, TrimtabError
 
 router = APIRouter(include_in_schema=False)
@@ -27,6 +28,7 @@ MARGIN_S = 2.0
 RETRY_MS = 1000
 LATER_MS = 5000
 RunId = Annotated[str, Query(max_length=128)]
+Step = Annotated[int, Query(ge=0, le=STEP_MAX)]
 
 
 def trainer_of(request: Request) -> AsyncTrainerClient:
@@ -41,11 +43,11 @@ def trainer_of(request: Request) -> AsyncTrainerClient:
 async def events(
     request: Request,
     run_id: RunId = "",
-    after: Annotated[int, Query(ge=0)] = 0,
-    last_event_id: Annotated[str | None, Header()] = None,
+    after: Step = 0,
+    last_event_id: Annotated[int | None, Header(ge=0, le=STEP_MAX)] = None,
 ) -> Response:
     """The events of a run ("": the newest) behind step `after`, or behind the browser's last one."""
-    seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else after
+    seen = after if last_event_id is None else last_event_id
     stream = _stream(trainer_of(request), run_id, seen, visit_of(request).left_s - MARGIN_S)
     return StreamingResponse(stream, media_type="text/event-stream")
 

@@ -6,11 +6,11 @@ import math
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Query, Request
+from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from trimtab.gateway.dashboard.events import RunId, trainer_of
+from trimtab.gateway.dashboard.events import RunId, Step, trainer_of
 from trimtab.gateway.dashboard.pages import page, roles_of
 from trimtab.gateway.guard import visit_of
 from trimtab.gateway.room import room_of
@@ -29,9 +29,7 @@ class Asked(BaseModel):
 
 
 @router.get("/dashboard/samples")
-async def samples(
-    request: Request, run_id: RunId = "", step: Annotated[int, Query(ge=0)] = 0, every: bool = False
-) -> Response:
+async def samples(request: Request, run_id: RunId = "", step: Step = 0, every: bool = False) -> Response:
     """The newest answers to the prompts that the run began with, or with `every` all that were kept of a step."""
     room = room_of(request)
     found: tuple[Sample, ...] = ()

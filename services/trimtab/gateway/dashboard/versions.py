@@ -14,6 +14,7 @@ from trimtab.gateway.config import GatewayConfig
 from trimtab.gateway.dashboard.pages import page, roles_of
 from trimtab.gateway.guard import visit_of
 from trimtab.gateway.problems import Problem
+from trimtab.gateway.schemas import STEP_MAX
 from trimtab.runtime.audit import AuditLog
 from trimtab.runtime.errors import StartError
 from trimtab.weights.errors import InvalidNameError, LeaseHeldError, StoreError, VersionNotFoundError
@@ -30,7 +31,7 @@ class RollBack(BaseModel):
 
     run_id: str = Field(max_length=128)
     name: str = Field(max_length=128)
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, le=STEP_MAX)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ async def roll_back(request: Request, asked: Annotated[RollBack, Body()]) -> Res
         raise Problem(outcome, str(error), field="step") from None
     except InvalidNameError as error:
         outcome = "INVALID_ARGUMENT"
-        raise Problem(outcome, str(error), field="run_id") from None
+        kinds = {"model name": "name", "step": "step"}  # as the store's own words begin
+        field = next((field for kind, field in kinds.items() if str(error).startswith(kind)), "run_id")
+        raise Problem(outcome, str(error), field=field) from None
     except (LeaseHeldError, StoreError) as error:
         outcome = "UNAVAILABLE"
         raise Problem(outcome, str(error)) from None

@@ -7,6 +7,7 @@ logit, and `normalized_score`. The parameter `truncate` cuts what is too long; a
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,12 +26,19 @@ from trimtab.gateway.problems import Problem
 from trimtab.gateway.upstreams import RewardModel, Upstreams
 from trimtab.runtime.calls import CALLER
 from trimtab.runtime.errors import ServiceError, exhausted, invalid, not_found
-from trimtab_client import ModelVersion, Scores, TrimtabError
+from trimtab_client import ModelInfo, ModelVersion, Scores, TrimtabError
 
 SERVICE_NAME = "inference.GRPCInferenceService"
 INPUTS = ("prompt", "response", "text", "reference")
 OUTPUTS = ("score", "normalized_score")
 READY_TIMEOUT_S = 5.0
+_WORDS = (
+    (re.compile(r"^texts\.items\[(\d+)\]\.(\w+)"), r"inputs.\2[\1]"),
+    (re.compile(r"^texts\.items"), "inputs"),
+    (re.compile(r"^version(\.\w+)*"), "model_version"),
+    (re.compile(r"^scorer"), "model_name"),
+)
+"""The reward service's fields as they are called here: row 3 of the input `reference` is inputs.reference[3]."""
 
 
 class OipServicer(stubs.GRPCInferenceServiceServicer):
@@ -55,9 +63,9 @@ class OipServicer(stubs.GRPCInferenceServiceServicer):
         return pb.ServerMetadataResponse(name="trimtab", version=__version__)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:
-        """The model is known and its service answers."""
+        """The model is known, its service answers, and it serves the version that was asked for."""
         self._count(context)
-        return pb.ModelReadyResponse(ready=await self._ready(request.name))
+        return pb.ModelReadyResponse(ready=await self._ready(request.name, request.version))
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Any) -> pb.ModelMetadataResponse:
         """Inputs, outputs and the version that is served."""
@@ -68,9 +76,14 @@ class OipServicer(stubs.GRPCInferenceServiceServicer):
         except TrimtabError as error:
             raise _as_service_error(error) from error
         Tensor = pb.ModelMetadataResponse.TensorMetadata
+        served = _version(info, model.scorer)
+        if served is None:
+            raise not_found(f"name: no model {request.name!r} here", field="name")
+        if request.version not in ("", str(served.step)):
+            raise not_found(f"version: {request.version!r} is not served, but {served.step}", field="version")
         return pb.ModelMetadataResponse(
             name=request.name,
-            versions=[str(info.version.step)],
+            versions=[str(served.step)],
             platform="trimtab_reward",
             inputs=[Tensor(name=name, datatype="BYTES", shape=[-1]) for name in INPUTS],
             outputs=[Tensor(name=name, datatype="FP32", shape=[-1]) for name in OUTPUTS],
@@ -106,13 +119,14 @@ class OipServicer(stubs.GRPCInferenceServiceServicer):
         except Problem as problem:
             raise exhausted(problem.message, retry_after_s=problem.retry_after_s or 1.0) from None
 
-    async def _ready(self, name: str) -> bool:
+    async def _ready(self, name: str, version: str = "") -> bool:
         try:
             model = self._model(name, "name")
             info = await model.client.get_model(READY_TIMEOUT_S)
         except (ServiceError, TrimtabError):
             return False
-        return not model.scorer or model.scorer in {scorer.name for scorer in info.scorers}
+        served = _version(info, model.scorer)
+        return served is not None and version in ("", str(served.step))
 
     def _model(self, name: str, field: str) -> RewardModel:
         try:
@@ -188,6 +202,13 @@ def _unpacked(raw: bytes, index: int) -> Iterator[bytes]:
         yield raw[at - size : at]
 
 
+def _version(info: ModelInfo, scorer: str) -> ModelVersion | None:
+    """What a scorer ("": the default one) serves; None where there is none of that name."""
+    if not scorer:
+        return info.version
+    return next((one.version for one in info.scorers if one.name == scorer), None)
+
+
 def _wanted(request: pb.ModelInferRequest) -> list[str]:
     for index, output in enumerate(request.outputs):
         if output.name not in OUTPUTS:
@@ -226,4 +247,10 @@ def _response(request: pb.ModelInferRequest, wanted: Sequence[str], found: Score
 
 def _as_service_error(error: TrimtabError) -> ServiceError:
     code = getattr(StatusCode, error.code, StatusCode.INTERNAL)
-    return ServiceError(code, error.message, field=error.field, retry_after_s=error.retry_after_s)
+    field, message = error.field, error.message
+    for own, callers in _WORDS if field is not None else ():
+        if own.match(field):
+            field = own.sub(callers, field)
+            message = own.sub(callers, message) if own.match(message) else message
+            break
+    return ServiceError(code, message, field=field, retry_after_s=error.retry_after_s)

@@ -36,7 +36,11 @@ def main(address: str) -> None:
             {
                 "live": client.is_server_live(),
                 "ready": client.is_server_ready(),
-                "model_ready": [client.is_model_ready("reward"), client.is_model_ready("other")],
+                "model_ready": [
+                    client.is_model_ready(name, version)
+                    for name, version in (("reward", ""), ("other", ""), ("reward", "0"), ("reward", "7"))
+                ],
+                "versions": list(metadata.versions),
                 "inputs": [tensor.name for tensor in metadata.inputs],
                 "scores": both.as_numpy("score").tolist(),
                 "normalized": both.as_numpy("normalized_score").tolist(),
