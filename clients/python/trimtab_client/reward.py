@@ -21,9 +21,10 @@ from trimtab_client.score_many import (
     Batches,
     R,
     RowScore,
-    is_pair,
+    is_texts,
     score_in_batches,
     score_in_batches_async,
+    texts_of,
 )
 from trimtab_client.splitting import consecutive, in_parts, places, split_tokens, starts
 from trimtab_client.v1 import reward_pb2, reward_pb2_grpc
@@ -217,10 +218,11 @@ class RewardClient(ModelClient):
     ) -> Generator[RowScore[R], None, None]:
         """Score any number of rows: yields a `RowScore` each, in order, in bounded memory.
 
-        Rows are (prompt, response) tuples or conversations, from any iterable. They travel in batches of at most
-        `batch_rows` and of what a server takes in one request, `at_once` of them at a time (4 an address by default).
-        Each batch has the deadline and the retries of a call of its own; where it fails for good, its TrimtabError is
-        raised and what came before is yours. Closing the iterator sends no more.
+        Rows are (prompt, response) tuples, (prompt, response, reference) for verifiers, or conversations, from any
+        iterable. They travel in batches of at most `batch_rows` and of what a server takes in one request, `at_once`
+        of them at a time (4 an address by default). Each batch has the deadline and the retries of a call of its own;
+        where it fails for good, its TrimtabError is raised and what came before is yours. Closing the iterator sends
+        no more.
 
         Args:
             progress: show on stderr how far it is; with a bar and the time left where the number of rows is known.
@@ -230,8 +232,11 @@ class RewardClient(ModelClient):
         """
 
         def score(batch: Sequence[Any]) -> Scores:
-            call = self.score_texts if is_pair(batch[0]) else self.score_chats
-            return call(batch, version, truncate, timeout_s, scorer=scorer, deterministic=deterministic)
+            options: dict[str, Any] = {"scorer": scorer, "deterministic": deterministic}
+            if not is_texts(batch[0]):
+                return self.score_chats(batch, version, truncate, timeout_s, **options)
+            pairs, references = texts_of(batch)
+            return self.score_texts(pairs, version, truncate, timeout_s, references=references, **options)
 
         info = self._transport.run(self._limits.get(), timeout_s)
         shown = Progress(progress, len(rows) if isinstance(rows, Sized) else total)
@@ -312,10 +317,11 @@ class AsyncRewardClient(AsyncModelClient):
     ) -> AsyncGenerator[RowScore[R], None]:
         """Score any number of rows: yields a `RowScore` each, in order, in bounded memory.
 
-        Rows are (prompt, response) tuples or conversations, from any iterable, asynchronous ones too. They travel in
-        batches of at most `batch_rows` and of what a server takes in one request, `at_once` of them at a time (4 an
-        address by default). Each batch has the deadline and the retries of a call of its own; where it fails for good,
-        its TrimtabError is raised and what came before is yours. Closing the iterator cancels what is in flight.
+        Rows are (prompt, response) tuples, (prompt, response, reference) for verifiers, or conversations, from any
+        iterable, asynchronous ones too. They travel in batches of at most `batch_rows` and of what a server takes in
+        one request, `at_once` of them at a time (4 an address by default). Each batch has the deadline and the retries
+        of a call of its own; where it fails for good, its TrimtabError is raised and what came before is yours. Closing
+        the iterator cancels what is in flight.
 
         Args:
             progress: show on stderr how far it is; with a bar and the time left where the number of rows is known.
@@ -325,8 +331,11 @@ class AsyncRewardClient(AsyncModelClient):
         """
 
         async def score(batch: Sequence[Any]) -> Scores:
-            call = self.score_texts if is_pair(batch[0]) else self.score_chats
-            return await call(batch, version, truncate, timeout_s, scorer=scorer, deterministic=deterministic)
+            options: dict[str, Any] = {"scorer": scorer, "deterministic": deterministic}
+            if not is_texts(batch[0]):
+                return await self.score_chats(batch, version, truncate, timeout_s, **options)
+            pairs, references = texts_of(batch)
+            return await self.score_texts(pairs, version, truncate, timeout_s, references=references, **options)
 
         info = await self._transport.run(self._limits.get(), timeout_s)
         shown = Progress(progress, len(rows) if isinstance(rows, Sized) else total)

@@ -21,17 +21,18 @@ from collections.abc import (
 )
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 
 from trimtab_client.conversations import ChatMessage, chat_tokens, text_tokens
 from trimtab_client.messages import ModelInfo, Scores
 from trimtab_client.progress import Progress
 from trimtab_client.versions import ModelVersion
 
-Row = tuple[str, str] | Sequence[ChatMessage]
-"""A (prompt, response) pair, or a conversation whose last message is the response."""
+Texts = tuple[str, str] | tuple[str, str, str]
+Row = Texts | Sequence[ChatMessage]
+"""(prompt, response), with a third text for verifiers (prompt, response, reference), or a conversation."""
 
-R = TypeVar("R", tuple[str, str], Sequence[ChatMessage], Row)
+R = TypeVar("R", tuple[str, str], tuple[str, str, str], Sequence[ChatMessage], Row)
 
 BATCH_ROWS = 256
 BATCHES_AT_ONCE_PER_ADDRESS = 4
@@ -66,7 +67,7 @@ class Batches(Generic[R]):
             self._rows and self._most_tokens and self._tokens + tokens > self._most_tokens
         )
         done = None
-        if self._rows and (full or is_pair(row) != is_pair(self._rows[0])):
+        if self._rows and (full or _form(row) != _form(self._rows[0])):
             done = self.rest()
         self._rows.append(row)
         self._tokens += tokens
@@ -78,20 +79,32 @@ class Batches(Generic[R]):
         return rows
 
 
-def is_pair(row: Row) -> bool:
-    """Whether a row is a pair of texts rather than a conversation."""
-    return isinstance(row, tuple) and len(row) == 2 and isinstance(row[0], str)
+def is_texts(row: Row) -> TypeGuard[Texts]:
+    """Whether a row is a tuple of texts rather than a conversation."""
+    return isinstance(row, tuple) and len(row) in (2, 3) and isinstance(row[0], str)
+
+
+def texts_of(rows: Sequence[Texts]) -> tuple[list[tuple[str, str]], list[str] | None]:
+    """The pairs of a batch of one form, and their references if they have some."""
+    references = [row[2] for row in rows if len(row) == 3]
+    return [(row[0], row[1]) for row in rows], references or None
+
+
+def _form(row: Row) -> int:
+    """Rows of one form travel together."""
+    return len(row) if is_texts(row) else 0
 
 
 def row_tokens(row: Row) -> int:
     """No fewer than the tokens of a row."""
-    if is_pair(row):
-        return text_tokens(row[0]) + text_tokens(row[1])  # type: ignore[arg-type]
+    if is_texts(row):
+        return text_tokens(row[0]) + text_tokens(row[1])
     try:
         return chat_tokens(row)  # type: ignore[arg-type]
     except (TypeError, KeyError, AttributeError):
         raise ValueError(
-            f"a row is a (prompt, response) tuple of texts or a list of chat messages, not {str(row)[:100]!r}"
+            "a row is a tuple of texts, (prompt, response) or (prompt, response, reference), or a list of chat "
+            f"messages, not {str(row)[:100]!r}"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -136,15 +137,16 @@ async def test_the_adapters_choose_a_scorer_and_pass_references(reward):
 
 @pytest.mark.parametrize("style", ["sync", "asyncio"])
 async def test_score_many_chooses_a_scorer(reward, style):
-    rows = [("", "one two"), ("", "one")]
-    if style == "asyncio":
-        async with AsyncRewardClient(reward) as client:
-            found = [one.score async for one in client.score_many(rows, scorer="length", deterministic=True)]
-    else:
+    async def found(rows: list[Any], scorer: str) -> list[float]:
+        if style == "asyncio":
+            async with AsyncRewardClient(reward) as client:
+                return [one.score async for one in client.score_many(rows, scorer=scorer, deterministic=True)]
 
         def ask() -> list[float]:
             with RewardClient(reward) as client:
-                return [one.score for one in client.score_many(rows, scorer="length", deterministic=True)]
+                return [one.score for one in client.score_many(rows, scorer=scorer, deterministic=True)]
 
-        found = await asyncio.to_thread(ask)
-    assert found == [2, 1]
+        return await asyncio.to_thread(ask)
+
+    assert await found([("", "one two"), ("", "one"), ("", "one two three", "a reference")], "length") == [2, 1, 3]
+    assert await found([("q", "it is 7", "7"), ("q", "it is 8", "7")], "answer") == [1, 0]
