@@ -45,7 +45,7 @@ async def watched(upstreams, reward_folder, tmp_path_factory) -> AsyncIterator[E
 
 async def test_mutated_bodies_are_answered_or_refused_by_field(watched):
     random_, seen = random.Random(4), Counter[int]()
-    for number in range(300):
+    for number in range(150):
         path, body = BODIES[number % len(BODIES)]
         content, kind = mutated(body, random_)
         answer = await watched.http.post(path, content=content, headers={"content-type": "application/json"})
@@ -55,7 +55,7 @@ async def test_mutated_bodies_are_answered_or_refused_by_field(watched):
             error = answer.json()["error"]
             assert error["message"] and (error["field"] or answer.status_code == 404), told
         seen[answer.status_code] += 1
-    assert seen[422] > 100 and seen[200] > 10
+    assert seen[422] > 50 and seen[200] > 5
 
 
 async def test_strange_queries_and_headers_are_answered_or_refused_by_field(watched):
