@@ -111,6 +111,8 @@ def from_rpc_error(error: grpc.RpcError) -> TrimtabError:
     message: str = error.details() or code.name.lower()  # type: ignore[attr-defined]
     if code == grpc.StatusCode.UNAVAILABLE:
         message = explain(message)
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED and "Deadline Exceeded" in message:  # gRPC's own words, of this side
+        message = "no answer came before the call's deadline"
     field, retry_after_s = None, None
     for key, value in error.trailing_metadata() or ():  # type: ignore[attr-defined]
         if key == _DETAILS_KEY:

@@ -12,14 +12,16 @@ import trimtab_client
 from trimtab_client.errors import Internal, InvalidArgument, ResourceExhausted, TrimtabError, from_rpc_error
 
 
-def failure(code: grpc.StatusCode, *details, raw: bytes | None = None) -> grpc.aio.AioRpcError:
+def failure(
+    code: grpc.StatusCode, *details, raw: bytes | None = None, says: str = "what to do"
+) -> grpc.aio.AioRpcError:
     packed = []
     for detail in details:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
     data = status_pb2.Status(code=code.value[0], details=packed).SerializeToString() if raw is None else raw
     metadata = grpc.aio.Metadata(("other", "x"), ("grpc-status-details-bin", data))
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), metadata, details="what to do")
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), metadata, details=says)
 
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
@@ -30,6 +32,12 @@ def test_every_code_has_a_typed_exception(code):
     assert isinstance(error, TrimtabError) and error.code == code.name
     assert (error.message, str(error)) == ("what to do", f"{code.name}: what to do")
     assert error.field is None and error.retry_after_s is None
+
+
+@pytest.mark.parametrize("says", ["Deadline Exceeded", "Stream removed (Deadline Exceeded)"])
+def test_a_deadline_that_passed_on_this_side_is_told_in_words(says):
+    error = from_rpc_error(failure(grpc.StatusCode.DEADLINE_EXCEEDED, says=says))
+    assert error.message == "no answer came before the call's deadline"
 
 
 def test_bad_request_names_the_field():

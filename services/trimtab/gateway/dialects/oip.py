@@ -248,8 +248,8 @@ def _response(request: pb.ModelInferRequest, wanted: Sequence[str], found: Score
 def _as_service_error(error: TrimtabError) -> ServiceError:
     code = getattr(StatusCode, error.code, StatusCode.INTERNAL)
     field, message = error.field, error.message
-    for own, callers in _WORDS if field is not None else ():
-        if own.match(field):
+    for own, callers in _WORDS:
+        if field is not None and own.match(field):
             field = own.sub(callers, field)
             message = own.sub(callers, message) if own.match(message) else message
             break
