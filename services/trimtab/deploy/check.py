@@ -20,6 +20,8 @@ OPERATORS = {
     "PodMonitor.monitoring.coreos.com": "the Prometheus operator",
     "PrometheusRule.monitoring.coreos.com": "the Prometheus operator",
 }
+# Drivers of block storage: their volumes hang on one node at a time.
+BLOCK_DRIVERS = {"ebs.csi.aws.com", "ebs.csi.eks.amazonaws.com", "pd.csi.storage.gke.io", "disk.csi.azure.com"}
 MADE_LATER = {"gateway-keys", "store"}  # optional: absent with a cloud identity, or before the first key is made
 
 
@@ -98,13 +100,25 @@ def _nodes(objects: Sequence[Object], facts: ClusterFacts) -> Iterable[Finding]:
 
 
 def _storage(objects: Sequence[Object], facts: ClusterFacts) -> Iterable[Finding]:
-    default = "storageclass.kubernetes.io/is-default-class"
-    has_default = any(one["metadata"].get("annotations", {}).get(default) == "true" for one in facts.storage_classes)
+    """Claims without a class, or whose class is not there, or that several nodes share while its disks are for one."""
+    mark = "storageclass.kubernetes.io/is-default-class"
+    classes = {one["metadata"]["name"]: one for one in facts.storage_classes}
+    marked = [n for n, one in classes.items() if one["metadata"].get("annotations", {}).get(mark) == "true"]
     for claim in find(objects, "PersistentVolumeClaim"):
-        if "storageClassName" not in claim["spec"] and not has_default:
+        name = claim["spec"].get("storageClassName", next(iter(marked), None))
+        if name is None:
             yield Finding(
                 f"{name_of(claim)}: no default StorageClass: mark one, or set storageClassName in your overlay"
             )
+        elif name and name not in classes:
+            yield Finding(f"{name_of(claim)}: no StorageClass {name}")
+        elif name and "ReadWriteMany" in claim["spec"]["accessModes"]:
+            driver = classes[name].get("provisioner")
+            if driver in BLOCK_DRIVERS:
+                yield Finding(
+                    f"{name_of(claim)}: volumes of StorageClass {name} ({driver}) are for one node, this one is for "
+                    "several: set storageClassName to a file system's in your overlay"
+                )
 
 
 def _secrets(objects: Sequence[Object], facts: ClusterFacts) -> Iterable[Finding]:

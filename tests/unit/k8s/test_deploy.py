@@ -66,6 +66,24 @@ def test_what_is_missing_is_named_with_what_to_do():
     assert "generator-tls" not in text, "cert-manager's certificates will make it"
 
 
+def test_a_disk_for_one_node_is_no_place_for_a_run_on_several():
+    objects = rendered(installation("gpu-gke-everything"))
+    default = {"storageclass.kubernetes.io/is-default-class": "true"}
+    disk = {"metadata": {"name": "gp3", "annotations": default}, "provisioner": "ebs.csi.aws.com"}
+    files = {"metadata": {"name": "files"}, "provisioner": "efs.csi.aws.com"}
+
+    def told(objects, *classes):
+        return [one.text for one in check(objects, facts(objects, storage_classes=classes)) if "Volume" in one.text]
+
+    (found,) = told(objects, disk)
+    assert found.startswith("PersistentVolumeClaim/trainer-nodes: volumes of StorageClass gp3 (ebs.csi.aws.com) are")
+    (claim,) = find(objects, "PersistentVolumeClaim", "trainer-nodes")
+    on_files = claim | {"spec": claim["spec"] | {"storageClassName": "files"}}
+    own = [on_files if one is claim else one for one in objects]
+    assert told(own, disk, files) == []
+    assert told(own, disk) == ["PersistentVolumeClaim/trainer-nodes: no StorageClass files"]
+
+
 def test_gpu_nodes_that_do_not_fit_are_told_apart():
     objects = rendered(installation("gpu-gke"))
     other = [one.text for one in check(objects, facts(objects, "aks"))]
