@@ -95,7 +95,7 @@ def ppo_values(services: Services, policy: Path, reward: Path) -> dict:
     config.stage.compute_dtype = "bfloat16"
     config.stage.micro_batch_tokens = 1024
     config.stage.optimizer.learning_rate = 5e-6
-    config.stage.checkpoint_every_steps = 2
+    config.stage.checkpoint_every_steps = 5  # the killed rank comes back to its journal
     return json_format.MessageToDict(config, preserving_proto_field_name=True)
 
 

@@ -1,6 +1,7 @@
 """Work on several cores for digests and deltas, within the thread budget that this process was given."""
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,9 @@ Result = TypeVar("Result")
 def thread_budget() -> int:
     """``OMP_NUM_THREADS``, which every service is started with, else the cores of this process."""
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return max(1, int(given)) if given.isdecimal() else len(os.sched_getaffinity(0))
+    if given.isdecimal():
+        return max(1, int(given))
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
