@@ -85,10 +85,10 @@ class ScalarModel:
 
     def scores(self, packed: PackedBatch, wanted_R: torch.Tensor | None = None) -> torch.Tensor:
         """Raw score at every token, float32 [N], or [R] at the positions `wanted_R` of the row."""
-        return whole_weights(self.model, lambda: self._scores(packed, wanted_R))
+        return whole_weights(self.model, lambda: self.head_scores(body_forward(self.model, packed, wanted_R)))
 
-    def _scores(self, packed: PackedBatch, wanted_R: torch.Tensor | None) -> torch.Tensor:
-        hidden_ND = body_forward(self.model, packed, wanted_R)
+    def head_scores(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Raw scores of last hidden states, float32 [N]."""
         head: Any = self.model.score
         bias = None if head.bias is None else head.bias.float()
         with torch.autocast(hidden_ND.device.type, enabled=False):

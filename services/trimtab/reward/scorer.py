@@ -14,15 +14,21 @@ import torch
 
 from trimtab.models.errors import ModelLoadError
 from trimtab.models.folders import DTYPES
-from trimtab.models.packing import pack
+from trimtab.models.packed_llama import PackedLlama
+from trimtab.models.packing import pack, plan_batches
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.models.tokenizers import encode, encode_chat, encode_continuation
+from trimtab.runtime.logs import get_logger
 
 TextEncoding = Literal["auto", "trained", "plain"]
+CPU_TOKENS = 1024
+"""Tokens of one forward on a CPU: what its layers pass on then stays in the core's cache."""
+
+log = get_logger(__name__)
 
 
 class Scorer:
-    """A `ScalarModel` with the encoding its scores were made for.
+    """A `ScalarModel` with the encoding its scores were made for; its weights must not change any more.
 
     `deterministic` is what calls get that do not ask for it: a forward for each sequence, so that not one bit depends
     on the company.
@@ -47,6 +53,7 @@ class Scorer:
         self.max_length = model.max_length if max_length is None else min(max_length, model.max_length)
         self.deterministic = deterministic
         ours = getattr(model.model.config, "trimtab_score_mean", None) is not None
+        self._llama = _packed_body(model)
         self.encodes_as_trained = text_encoding == "trained" or (text_encoding == "auto" and ours)
 
     @property
@@ -78,10 +85,19 @@ class Scorer:
 
         With `alone` each sequence has a forward of its own.
         """
-        groups = [[sequence] for sequence in sequences] if alone else [sequences]
+        most = CPU_TOKENS if self.model.device.type == "cpu" else sum(map(len, sequences))
+        plan = [[i] for i in range(len(sequences))] if alone else plan_batches([len(ids) for ids in sequences], most)
+        scores_B = np.empty(len(sequences), dtype=np.float32)
         with torch.inference_mode():
-            parts = [self.model.last_token_scores(pack(group, self.model.device)).float().cpu() for group in groups]
-        return torch.cat(parts).numpy()
+            for members in plan:
+                scores_B[members] = self._forward([sequences[i] for i in members]).float().cpu().numpy()
+        return scores_B
+
+    def _forward(self, sequences: Sequence[np.ndarray]) -> torch.Tensor:
+        packed = pack(sequences, self.model.device)
+        if self._llama is None:
+            return self.model.last_token_scores(packed)
+        return self.model.head_scores(self._llama.last_hidden(packed))
 
     def normalized(self, scores_B: np.ndarray) -> np.ndarray:
         """(score − mean) / deviation with the version's constants, float32 [B]."""
@@ -93,6 +109,15 @@ class Scorer:
         score = float(self.score([token_ids])[0])
         if not math.isfinite(score):
             raise ModelLoadError("weights", f"{self.model.source} scores {score}: its weights are not finite")
+
+
+def _packed_body(model: ScalarModel) -> PackedLlama | None:
+    """The fast forward of the Llama family; None where transformers' own is the right one."""
+    try:
+        return PackedLlama.of(model.model)
+    except ValueError as error:
+        log.warning("scored by transformers' forward, which is slower", reason=str(error))
+        return None
 
 
 def read_beside_running(folder: str, *, dtype: str, device: str) -> ScalarModel:

@@ -1,15 +1,13 @@
 """The Llama family on a CPU, decoded by few large operations instead of transformers' many small ones.
 
-Llama, Mistral, Qwen2 and Qwen3 are one formula: RMSNorm, rotary grouped attention, SwiGLU. Here it stands once, over
-weights packed for the CPU (llama_weights.py) and a cache written in place (row_cache.py); how tokens attend is
-row_attention.py's. No padding is computed: prompts stand one after the other. Before it serves, selfcheck.py compares
-it with transformers' own forward; every other model is run by runner.py.
+The layers are those of models/llama.py, over weights packed for the CPU and a cache written in place (row_cache.py);
+how tokens attend is row_attention.py's. No padding is computed: prompts stand one after the other. Before it serves,
+selfcheck.py compares it with transformers' own forward; every other model is run by runner.py.
 
 Suffixes: N tokens, D hidden size, B rows, H heads, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +17,10 @@ from transformers import PreTrainedModel
 from trimtab.generator.engine import StagedPatches, StagedWeights
 from trimtab.generator.local.blocks import in_blocks, padded, whole_blocks
 from trimtab.generator.local.live_weights import LiveWeights, overwrite, pieces
-from trimtab.generator.local.llama_weights import Layer, LlamaWeights, Packer
-from trimtab.generator.local.row_attention import Attend, HeadShape, RowAttention, Span
+from trimtab.generator.local.row_attention import Attend, RowAttention, Span
 from trimtab.generator.local.row_cache import RowCache
-from trimtab.models.norms import normalized
+from trimtab.models.llama import LlamaFormula
+from trimtab.models.llama_weights import LlamaWeights, Packer
 
 PIECE = 2**20
 """Elements of a new version that are copied, or overwritten, in one piece."""
@@ -39,20 +37,14 @@ class LlamaRunner(LiveWeights):
 
     def __init__(self, model: PreTrainedModel, *, max_rows: int, deterministic: bool = False) -> None:
         super().__init__(model)
-        config: Any = model.config
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.max_rows = max_rows
         self.takes_pieces = True
-        self._shape = HeadShape(heads, config.num_key_value_heads, head_dim, model.dtype)
-        self._epsilon = config.rms_norm_eps
-        self._activation: Callable[[torch.Tensor], torch.Tensor] = model.model.layers[0].mlp.act_fn  # type: ignore
+        self._formula = LlamaFormula(model)
         self._deterministic = deterministic
-        self._rotary = torch.empty(0)
         self._coming: tuple[dict[str, torch.Tensor], Packer] | None = None
         self._retired: list[object] = []
         live = model.state_dict()
-        packer = Packer(live.get, config.num_hidden_layers)
+        packer = Packer(live.get, model.config.num_hidden_layers)
         for _ in packer.pieces():
             pass
         self._weights: LlamaWeights = packer.weights()
@@ -60,7 +52,7 @@ class LlamaRunner(LiveWeights):
 
     def reset(self) -> None:
         """Begin with an empty cache."""
-        shape = self._shape
+        shape = self._formula.shape
         layers = len(self._weights.layers)
         self.cache = RowCache(layers, shape.key_heads, shape.head_dim, self.max_rows, shape.dtype)
         self._attention = RowAttention(self.cache, shape, apart=self._deterministic)
@@ -167,56 +159,26 @@ class LlamaRunner(LiveWeights):
         self, tokens_N: np.ndarray, positions_N: np.ndarray, attend: Attend, wanted_B: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Float32 logits of all tokens, or of those at `wanted_B`."""
-        weights, shape, count = self._weights, self._shape, len(tokens_N)
+        weights, formula, count = self._weights, self._formula, len(tokens_N)
+        shape = formula.shape
         if self._deterministic:
             missing = whole_blocks(count) - count
             tokens_N, positions_N = np.pad(tokens_N, (0, missing)), np.pad(positions_N, (0, missing))
-        cos_N1d, sin_N1d = self._turns(positions_N)
+        cos_N1d, sin_N1d = formula.turns(positions_N, weights.embedding_VD)
         hidden_ND = functional.embedding(torch.from_numpy(tokens_N.astype(np.int64)), weights.embedding_VD)
         for index, layer in enumerate(weights.layers):
-            qkv = self._run(lambda *rows, of=layer: self._before(of, *rows), hidden_ND, cos_N1d, sin_N1d)[:count]
+            qkv = self._run(lambda *rows, of=layer: formula.before(of, *rows), hidden_ND, cos_N1d, sin_N1d)[:count]
             attended_ND = attend(index, *qkv.split((shape.heads, shape.key_heads, shape.key_heads), dim=1))
             if wanted_B is not None and index == len(weights.layers) - 1:
                 attended_ND, hidden_ND, count = attended_ND[wanted_B], hidden_ND[wanted_B], len(wanted_B)
             if self._deterministic:
                 attended_ND, hidden_ND = (padded(rows, whole_blocks(count)) for rows in (attended_ND, hidden_ND))
-            hidden_ND = self._run(lambda *rows, of=layer: self._after(of, *rows), attended_ND, hidden_ND)
+            hidden_ND = self._run(lambda *rows, of=layer: formula.after(of, *rows), attended_ND, hidden_ND)
         return self._run(self._logits, hidden_ND)[:count].float()
 
     def _run(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         return in_blocks(function, *inputs) if self._deterministic else function(*inputs)
 
-    def _before(self, layer: Layer, hidden_ND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values side by side, [N, heads and twice key heads, head_dim]."""
-        heads, turned = self._shape.heads, self._shape.heads + self._shape.key_heads
-        qkv = layer.qkv(self._norm(hidden_ND, layer.input_norm)).unflatten(1, (-1, self._shape.head_dim))
-        if layer.query_norm is not None and layer.key_norm is not None:
-            qkv[:, :heads] = self._norm(qkv[:, :heads], layer.query_norm)
-            qkv[:, heads:turned] = self._norm(qkv[:, heads:turned], layer.key_norm)
-        # Rotary positions (RoFormer, in GPT-NeoX's layout): the sine's first half is negative.
-        qk = qkv[:, :turned]
-        qkv[:, :turned] = (qk * cos).addcmul_(qk.roll(self._shape.head_dim // 2, -1), sin)
-        return qkv
-
-    def _after(self, layer: Layer, attended_ND: torch.Tensor, hidden_ND: torch.Tensor) -> torch.Tensor:
-        hidden_ND = layer.output(attended_ND).add_(hidden_ND)
-        gate, up = layer.gate_up(self._norm(hidden_ND, layer.mlp_norm)).chunk(2, dim=1)
-        return layer.down(self._activation(gate).mul_(up)).add_(hidden_ND)
-
     def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        return self._weights.head(self._norm(hidden_ND, self._weights.norm))
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return normalized(x, self._epsilon)[0].mul_(weight)
-
-    def _turns(self, positions_N: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [N, 1, head_dim], the sine's first half negative."""
-        needed = int(positions_N.max()) + 1
-        if self._rotary.shape[0] < needed:
-            like = self._weights.embedding_VD
-            positions = torch.arange(max(256, 2 ** (needed - 1).bit_length()))[None]
-            cos, sin = self.model.model.rotary_emb(like[:1], positions)  # type: ignore[union-attr,operator]
-            half = sin.shape[-1] // 2
-            self._rotary = torch.stack((cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)), dim=1)
-        turns = self._rotary[torch.from_numpy(positions_N.astype(np.int64))]
-        return turns[:, :1], turns[:, 1:]
+        assert self._weights.head is not None
+        return self._weights.head(self._formula.norm(hidden_ND, self._weights.norm))

@@ -14,19 +14,10 @@ import torch
 from torch.nn import functional
 
 from trimtab.generator.local.row_cache import COLUMN_BUCKET, RowCache
+from trimtab.models.llama import HeadShape
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, queries [N, H, head_dim], keys and values [N, key heads, head_dim]) → [N, H · head_dim]."""
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Heads of queries, heads of keys and values, and what each holds."""
-
-    heads: int
-    key_heads: int
-    head_dim: int
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

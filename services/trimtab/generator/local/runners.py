@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from trimtab.generator.engine import StagedPatches, StagedWeights
 from trimtab.generator.local import selfcheck
 from trimtab.generator.local.llama import LlamaRunner
-from trimtab.generator.local.llama_weights import is_llama
 from trimtab.generator.local.runner import ModelRunner
+from trimtab.models.llama_weights import is_llama
 from trimtab.runtime.logs import get_logger
 
 log = get_logger(__name__)

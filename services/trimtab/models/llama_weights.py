@@ -6,20 +6,19 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from trimtab.generator.local.packed_linear import PackedLinear
+from trimtab.models.packed_linear import PackedLinear
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 def is_llama(model: PreTrainedModel) -> bool:
-    """Whether llama.py's formula is the model's, by its configuration, and its runner helps: in memory of a CPU."""
+    """Whether llama.py's formula is the body's, by its configuration, and helps: in memory of a CPU."""
     config = model.config
     rotary = getattr(config, "rope_parameters", None) or {}
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     return (
         config.model_type in FAMILY
-        and type(model).__name__.endswith("ForCausalLM")
         and model.device.type == "cpu"
         and model.dtype in (torch.float32, torch.bfloat16)
         and getattr(model, "hf_quantizer", None) is None
@@ -51,7 +50,7 @@ class LlamaWeights:
     embedding_VD: torch.Tensor
     layers: tuple[Layer, ...]
     norm: torch.Tensor
-    head: PackedLinear
+    head: PackedLinear | None
 
 
 class Packer:
@@ -59,12 +58,14 @@ class Packer:
 
     Args:
         tensor: the tensor of a state dict's name, or None where the model has none.
+        head: the head's name in the state dict; None leaves it out.
     """
 
-    def __init__(self, tensor: Callable[[str], torch.Tensor | None], layers: int) -> None:
+    def __init__(self, tensor: Callable[[str], torch.Tensor | None], layers: int, head: str | None = "lm_head") -> None:
         self._tensor = tensor
         self._layers = layers
         self._packed: list[Layer] = []
+        self._head_name = head
         self._head: PackedLinear | None = None
 
     def pieces(self) -> Iterator[int]:
@@ -73,12 +74,13 @@ class Packer:
             self._packed.append(self._layer(f"model.layers.{index}."))
             last = self._packed[-1]
             yield sum(part.elements for part in (last.qkv, last.output, last.gate_up, last.down))
-        self._head = self._linear("", "lm_head")
-        yield self._head.elements
+        if self._head_name is not None:
+            self._head = self._linear("", self._head_name)
+            yield self._head.elements
 
     def weights(self) -> LlamaWeights:
         """What `pieces` made, all of it."""
-        assert self._head is not None and len(self._packed) == self._layers
+        assert len(self._packed) == self._layers and (self._head is None) == (self._head_name is None)
         embedding, norm = self._needed("model.embed_tokens.weight"), self._needed("model.norm.weight")
         return LlamaWeights(embedding, tuple(self._packed), norm, self._head)
 

@@ -1,0 +1,84 @@
+"""A Llama-family body over a packed row on a CPU, for models that are only asked: the last tokens' hidden states.
+
+The layers are llama.py's over weights packed once. The last layer asks, attends and goes on for the last tokens alone.
+`Scorer` uses it where it gives the model's own numbers; the trainer, whose weights change, runs transformers' modules.
+Suffixes: B sequences, T tokens of one, N tokens of the row, H heads, d size of a head.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from trimtab.models.attention import packed_attention
+from trimtab.models.llama import LlamaFormula
+from trimtab.models.llama_weights import Packer, is_llama
+from trimtab.models.packing import PackedBatch, pack
+from trimtab.models.policy import body_forward
+
+TOLERANCE = {torch.bfloat16: 0.1}
+"""Of the difference's norm to the hidden states'; 1e-4 in float32. Two orders of rounding, and no other formula."""
+CHECKED_LENGTHS = (1, 7, 24, 13)
+
+
+class PackedLlama:
+    """Weights packed for one model, whose parameters it leaves as they are. Made by `of`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        packer = Packer(model.state_dict().get, model.config.num_hidden_layers, head=None)
+        for _ in packer.pieces():
+            pass
+        self._model = model
+        self._weights = packer.weights()
+        self._formula = LlamaFormula(model)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> PackedLlama | None:
+        """The model's body packed, None for other families. ValueError where it gives other numbers than the model."""
+        if not is_llama(model):
+            return None
+        body = cls(model)
+        body.check()
+        return body
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """ValueError unless the hidden states are those of the model's own forward."""
+        vocab_size = self._weights.embedding_VD.shape[0]
+        packed = pack([(np.arange(1, 1 + length) * 7919 % vocab_size).astype(np.int32) for length in CHECKED_LENGTHS])
+        expected_BD = body_forward(self._model, packed, packed.last_tokens_B).float()
+        difference_B = (self.last_hidden(packed).float() - expected_BD).norm(dim=1)
+        limit_B = TOLERANCE.get(self._model.dtype, 1e-4) * expected_BD.norm(dim=1)
+        # A model whose weights are not finite is not this check's to refuse.
+        if not bool((difference_B <= limit_B).logical_or(~expected_BD.isfinite().all(1)).all()):
+            raise ValueError(f"hidden states differ by {float(difference_B.max()):.3g} from the model's own")
+
+    @torch.inference_mode()
+    def last_hidden(self, packed: PackedBatch) -> torch.Tensor:
+        """Hidden state of each sequence's last token, [B, D]."""
+        formula, shape, weights = self._formula, self._formula.shape, self._weights
+        cos_N1d, sin_N1d = formula.turns(packed.position_ids_N.numpy(), weights.embedding_VD)
+        hidden_ND = functional.embedding(packed.token_ids_N, weights.embedding_VD)
+        *firsts, last = weights.layers
+        for layer in firsts:
+            qkv = formula.before(layer, hidden_ND, cos_N1d, sin_N1d)
+            q, k, v = (part.transpose(0, 1)[None] for part in qkv.split((shape.heads, *[shape.key_heads] * 2), dim=1))
+            attended, _ = packed_attention(self._model, q, k, v, None, packed=packed)
+            hidden_ND = formula.after(layer, attended[0].flatten(1), hidden_ND)
+        qkv = formula.before(last, hidden_ND, cos_N1d, sin_N1d)
+        attended_BD = self._last_tokens(qkv, packed)
+        hidden_BD = formula.after(last, attended_BD, hidden_ND.index_select(0, packed.last_tokens_B))
+        return formula.norm(hidden_BD, weights.norm)
+
+    def _last_tokens(self, qkv: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+        """What each sequence's last token attends to, [B, H · d], of the last layer's [N, heads, d]."""
+        shape = self._formula.shape
+        q = qkv.index_select(0, packed.last_tokens_B)[:, : shape.heads]
+        attended = []
+        for asked, kv in zip(q, qkv[:, shape.heads :].transpose(0, 1).split(packed.lengths, dim=1), strict=True):
+            k, v = kv.split(shape.key_heads)  # [key heads, T, d]
+            scores = torch.bmm(asked.view(shape.key_heads, -1, shape.head_dim), k.transpose(1, 2))
+            attended.append(torch.bmm(scores.mul_(shape.head_dim**-0.5).softmax(-1), v).view(1, -1))
+        return torch.cat(attended)
