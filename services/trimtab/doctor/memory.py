@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trimtab.doctor.shapes import ModelShape
-from trimtab.generator.local.llama_weights import FAMILY
 from trimtab.kernels.chunked_torch import CHUNK_BYTES
 from trimtab.models.attention import SHORT_ON_CPU
+from trimtab.models.llama_weights import FAMILY
 from trimtab.trainer.stages import PpoConfig, RewardModelConfig, SftConfig, Stage
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -220,8 +220,8 @@ def generator(
     serves: read as float32 and then in the served dtype, or in that and packed, whichever is more.
     """
     c = DTYPE_BYTES[dtype]
-    packs = on_cpu and shape.model_type in FAMILY and dtype != "float16"
-    packed = c * (shape.layers * shape.block_parameters + shape.head_parameters) if packs else 0
+    packed = packed_bytes(shape, dtype, on_cpu=on_cpu)
+    packed += c * shape.head_parameters if packed else 0
     coming = max((4 + c) * shape.parameters, c * shape.parameters + packed) if on_cpu and takes_versions else 0
     per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * c
     columns = -(-(longest + max(CACHE_COLUMNS, longest // 2)) // CACHE_COLUMNS) * CACHE_COLUMNS
@@ -237,11 +237,27 @@ def generator(
     )
 
 
-def scorer(shape: ModelShape, *, dtype: str, batch_tokens: int, scalar: bool) -> Need:
-    """A reward or reference service: weights and one packed forward pass without gradients."""
+def scorer(shape: ModelShape, *, dtype: str, batch_tokens: int, scalar: bool, on_cpu: bool = False) -> Need:
+    """A reward or reference service: weights and one packed forward pass without gradients.
+
+    A reward model of the Llama family has its layers' weights a second time on a CPU, packed.
+    """
     c = DTYPE_BYTES[dtype]
     parameters = shape.scalar_parameters if scalar else shape.parameters
-    return Need({"weights": c * parameters, "activations": forward_bytes(shape, c, batch_tokens)})
+    packed = packed_bytes(shape, dtype, on_cpu=on_cpu) if scalar else 0
+    return Need(
+        {
+            "weights": c * parameters,
+            **({"packed weights": packed} if packed else {}),
+            "activations": forward_bytes(shape, c, batch_tokens),
+        }
+    )
+
+
+def packed_bytes(shape: ModelShape, dtype: str, *, on_cpu: bool) -> int:
+    """The layers' weights as `models.llama` reads them; 0 where it does not run the model."""
+    packs = on_cpu and shape.model_type in FAMILY and dtype != "float16"
+    return DTYPE_BYTES[dtype] * shape.layers * shape.block_parameters if packs else 0
 
 
 def forward_bytes(shape: ModelShape, compute_bytes: int, tokens: int) -> int:

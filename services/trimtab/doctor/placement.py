@@ -104,12 +104,16 @@ def service_need(plan: Plan, name: str, store: Store | None) -> Need | None:
         models = [model for model in config.all_scorers().values() if isinstance(model, ModelSettings)]
         needs = [
             memory.scorer(
-                shape_of(model.model, store, plan.like), dtype=model.dtype, batch_tokens=model.batch_tokens, scalar=True
+                shape_of(model.model, store, plan.like),
+                dtype=model.dtype,
+                batch_tokens=model.batch_tokens,
+                scalar=True,
+                on_cpu=config.device == "cpu",
             )
             for model in models
         ]
-        parts = {"weights", "activations"} if needs else set()
-        return Need({part: sum(need.parts[part] for need in needs) for part in sorted(parts, reverse=True)})
+        parts = dict.fromkeys(part for need in needs for part in need.parts)
+        return Need({part: sum(need.parts.get(part, 0) for need in needs) for part in parts})
     return None
 
 

@@ -34,7 +34,9 @@ WIDTHS: dict[str, Any] = {
 }
 FAMILY = {
     "llama": lambda: LlamaConfig(**WIDTHS, attention_bias=True, mlp_bias=True),
-    "linear rope": lambda: LlamaConfig(**WIDTHS, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+    "linear rope": lambda: LlamaConfig(
+        **WIDTHS, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ),
     "mistral": lambda: MistralConfig(**WIDTHS, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**WIDTHS),
     "qwen3": lambda: Qwen3Config(**WIDTHS),
