@@ -1,10 +1,14 @@
 """`trimtab health`, which container images ask whether their server is ready."""
 
+import asyncio
 import subprocess
 import sys
 
 import pytest
 
+from tests.services.authority import LOOPBACK, Authority
+from tests.services.client.conftest import Room
+from tests.services.client.test_client_renewal import server
 from tests.services.labeling.browser import run_server
 from trimtab.runtime.probes import ProbeServer
 
@@ -37,3 +41,10 @@ def test_a_server_that_loads_is_alive_and_not_ready():
 def test_nobody_there_is_not_healthy_and_says_so_in_a_line(target):
     done = health(target)
     assert done.returncode == 1 and done.stderr.startswith(f"trimtab: {target}: ") and done.stderr.count("\n") == 1
+
+
+async def test_a_port_that_wants_tls_is_told_in_words(tmp_path):
+    cert, key = Authority.make(tmp_path).issue("server", LOOPBACK)
+    async with server(Room(), tls_cert=cert, tls_key=key) as running:
+        asked = await asyncio.to_thread(health, running.address)
+    assert asked.returncode == 1 and "it may want TLS" in asked.stderr

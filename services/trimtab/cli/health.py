@@ -12,7 +12,10 @@ from trimtab.cli.errors import CommandError
 
 def health(
     target: Annotated[
-        str, typer.Argument(metavar="HOST:PORT[/PATH]", help="A health port, or the page's address with its path.")
+        str,
+        typer.Argument(
+            metavar="HOST:PORT[/PATH]", help="A port that speaks no TLS, or the page's address with its path."
+        ),
     ] = "127.0.0.1:7200",
     service: Annotated[str, typer.Option(help="A service's name, startup or liveness; empty: is it ready?")] = "",
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the answer.")] = 4.0,
@@ -28,12 +31,15 @@ def _ask_probe(address: str, service: str, timeout_s: float) -> str:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+    from trimtab_client.handshakes import explain
+
     with grpc.insecure_channel(address) as channel:
         asked = health_pb2.HealthCheckRequest(service=service)
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(asked, timeout=timeout_s)
         except grpc.RpcError as error:
-            return f"{error.code().name}: {error.details()}"  # pyright: ignore[reportAttributeAccessIssue]: a Call, too
+            code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]: a Call, too
+            return f"{code.name}: {explain(details or '')}"
     return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
 
 
