@@ -26,6 +26,7 @@ TARGETS = os.environ.get("TRIMTAB_IMAGE_TARGETS", "web").split(",")
 MOST_BYTES = {"web": 600 << 20, "model-server": 2 << 30, "generator": 2 << 30, "trainer": 3 << 30}  # without CUDA
 AUTHORITIES = Path("/usr/local/share/ca-certificates")
 WHEELS = os.environ.get("PIP_FIND_LINKS", "")  # folders or addresses, as pip takes them
+CANNOT_SERVE = {"trainer": "the trainer's image runs jobs", "generator-vllm": "vLLM's wheels want a GPU"}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(2400),
@@ -127,6 +128,7 @@ def test_its_service_is_there_and_refuses_with_a_line_where_something_is_missing
         "web": ("label", "serve", "--host", "0.0.0.0"),
         "model-server": ("serve", "reward", "--set", "model=/none"),
         "generator": ("serve", "generator", "--set", "model=/none"),
+        "generator-vllm": ("serve", "generator", "--set", "model=/none"),
         "trainer": ("rounds", "status", "/none"),
     }[target]
     said = inside(buildah, container, "trimtab", *command, check=False)
@@ -135,8 +137,8 @@ def test_its_service_is_there_and_refuses_with_a_line_where_something_is_missing
 
 def test_its_service_comes_up_and_the_health_check_answers(buildah, image):
     target, container = image
-    if target == "trainer":
-        pytest.skip("the trainer's image runs jobs")
+    if target in CANNOT_SERVE:
+        pytest.skip(CANNOT_SERVE[target])
     port, health = free_ports(2)
     models = "/opt/trimtab/models/stories260K"
     command, check = {
@@ -154,9 +156,10 @@ def test_its_service_comes_up_and_the_health_check_answers(buildah, image):
 
 
 def test_every_package_of_it_is_listed_and_pinned(buildah, image):
-    _, container = image
+    target, container = image
     parts = json.loads(inside(buildah, container, "cat", "/opt/trimtab/sbom.cdx.json"))["components"]
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    file = ROOT / ("image/constraints-vllm.txt" if target == "generator-vllm" else "constraints.txt")
+    pins = dict(line.split("==") for line in file.read_text().splitlines() if "==" in line)
     pinned = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     python = [part for part in parts if part["purl"].startswith("pkg:pypi/")]
     assert len(python) > 20 and any(part["purl"].startswith("pkg:deb/") for part in parts)

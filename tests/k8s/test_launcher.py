@@ -34,6 +34,10 @@ def nodes(run, disks, kubeconfig):
 
 @pytest.fixture
 def as_rounds(run, nodes, kubeconfig):
+    return seen_by_rounds(run, kubeconfig)
+
+
+def seen_by_rounds(run, kubeconfig):
     """The cluster as the pod of rounds sees it: with the token of its account and no more than its Role allows."""
     settings = client.Configuration()
     config.load_kube_config(kubeconfig, client_configuration=settings)
@@ -145,6 +149,23 @@ def test_a_launcher_that_died_finds_its_job_and_makes_no_second_one(run, nodes, 
         again.jobs.ensure(other, LABELS)
     nodes.finish(pod, 0)
     assert again.end().state == JobState.SUCCEEDED
+
+
+def test_where_runs_are_jobsets_the_cluster_takes_one_and_it_is_found_and_removed(
+    run, controllers, everything, kubeconfig
+):
+    objects = rendered(Installation("gpu", "on-prem", ("jobset",)))
+    run("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all(list(objects)))
+    jobs = TrainingJobs(seen_by_rounds(run, kubeconfig), {"TRIED": "1"})
+    assert jobs.ensure(RUN, LABELS) == jobs.ensure(RUN, LABELS) == "stories-r0-sft"
+    made = json.loads(run("-n", "trimtab", "get", "jobset", "stories-r0-sft", "-o", "json").stdout)
+    assert made["spec"]["suspend"] is False
+    given = json.loads(run("-n", "trimtab", "get", "configmap", "stories-r0-sft-run", "-o", "json").stdout)
+    assert given["metadata"]["ownerReferences"][0]["kind"] == "JobSet"
+    assert jobs.adopt(RUN, LABELS) == RUN.run_id
+    jobs.remove("stories-r0-sft")
+    until(lambda: "NotFound" in run("-n", "trimtab", "get", "configmap", "stories-r0-sft-run", check=False).stderr)
+    assert jobs.adopt(RUN, LABELS) is None
 
 
 def test_the_model_services_lend_their_gpus_and_take_them_back(run, nodes, as_rounds):
