@@ -60,10 +60,13 @@ FROM build AS web-python
 RUN image/environment.sh labeling gateway postgres
 
 # The model of examples/ with an untrained reward model beside it, for a system without a GPU and without a network.
+# Whoever saves a model may alone read it; the services are another user.
 FROM model-server-python AS tiny-models
 COPY --from=code /out/opt/trimtab /opt/trimtab
 COPY examples/models ./models
-RUN python models/fresh_reward.py models/stories260K-hf models/stories260K-reward && rm models/fresh_reward.py
+RUN python models/fresh_reward.py models/stories260K-hf models/stories260K-reward \
+ && rm models/fresh_reward.py \
+ && chmod -R a+rX models
 
 FROM python AS final
 ARG VERSION=0.1.0
