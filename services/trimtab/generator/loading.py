@@ -62,7 +62,9 @@ def load_policy(config: GeneratorConfig, store: Store | None) -> LoadedPolicy:
             selfcheck.prepare(policy.model)
     except KernelMismatchError as error:
         raise StartError(f"kernels: {error}") from error
-    except (store_errors.StoreError, ModelLoadError, ValueError) as error:
+    except ModelLoadError as error:  # names its field itself
+        raise StartError(str(error)) from error
+    except (store_errors.StoreError, ValueError) as error:
         raise StartError(f"model: {error}") from error
     return LoadedPolicy(policy, source.version, source.path_or_id)
 
