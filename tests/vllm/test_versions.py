@@ -3,10 +3,13 @@
 The policies have tied embeddings, which vLLM reloads only in part by itself.
 """
 
+import asyncio
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,6 +166,29 @@ def test_weights_that_vllm_did_not_load_as_they_are_are_refused_and_put_back(lab
         wide.result()
     lab.engine.submit(lab.requests(1))
     assert lab.check(lab.drive()[0]) == [7]
+
+
+def test_a_version_made_ready_beside_the_served_one_is_not_read_again(lab: Lab, tmp_path: Path) -> None:
+    """Its folder is gone when requests are paused for it."""
+    served = lab.engine.version
+    new = (served.step + 1) % 3
+    folder = shutil.copytree(lab.folders[new], tmp_path / "new")
+    tensors = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    staged = StagedWeights(ModelVersion("run", "policy", new), {name: t.clone() for name, t in tensors.items()}, folder)
+    engine: Any = lab.engine
+    weights = engine._weights
+
+    async def change() -> ModelVersion:
+        await weights.stage(staged)
+        shutil.rmtree(folder)
+        return await weights.change(staged, weights.expected(staged), recompute_kv=False)
+
+    assert asyncio.run_coroutine_threadsafe(change(), engine._loop).result().step == new
+    engine.submit(lab.requests(2))
+    assert [lab.check(outcome) for outcome in lab.drive()] == [[new]] * 2
+    back = lab.swap(served.step, SwapMode.KEEP)  # what refuses a later version loads this one's folder again
+    lab.drive(back)
+    assert back.result().step == served.step
 
 
 def save_step(source: Path, folder: Path, *, skip: str) -> Path:

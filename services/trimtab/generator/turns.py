@@ -1,7 +1,7 @@
 """How threads of one process take turns while one of them makes a version ready beside the one that samples.
 
 Sampling gives the interpreter away in every one of a step's thousand operations, and a thread that runs plain Python
-keeps it for the interpreter's switch interval, 5 ms as a rule: a step could take seconds.
+keeps it for the interpreter's switch interval, 5 ms as a rule: a step could take seconds. vLLM's worker imports it too.
 """
 
 import sys

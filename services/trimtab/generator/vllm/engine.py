@@ -322,8 +322,9 @@ class VllmEngine:
         async with self._preparing:
             try:
                 expected = await asyncio.to_thread(self._weights.expected, staged)
+                await self._weights.stage(staged)
             except Exception as error:
-                _fail(done, ValueError(f"a full forward of it failed: {error}"))
+                _fail(done, ValueError(f"it could not be made ready: {error}"))
                 return
             if self._is_gone:
                 _fail(done, RuntimeError(GONE))

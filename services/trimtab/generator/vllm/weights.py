@@ -8,7 +8,7 @@ from typing import Any
 from vllm.inputs import tokens_input  # type: ignore[import-not-found]
 
 from trimtab.generator.engine import StagedWeights
-from trimtab.generator.vllm.adapter import change_weights
+from trimtab.generator.vllm.adapter import change_weights, stage_weights
 from trimtab.generator.vllm.probe import Expected, Measured, Probe
 from trimtab.generator.vllm.sampling import probe_params
 from trimtab.models.policy import Policy
@@ -62,6 +62,7 @@ class Weights:
         if check:
             expected = self._probe.expected()
             difference = self._probe.check(expected, await self._measure())
+            await stage_weights(self._llm, self._folder)
             await change_weights(self._llm, self._folder, self.label, recompute_kv=True)
             self._probe.check(expected, await self._measure())
             log.info("vLLM agrees with a full forward, before and after a reload", mean_nats=difference)
@@ -74,8 +75,12 @@ class Weights:
         """What a full forward with the staged tensors says of the probe; blocks."""
         return self._probe.expected(staged.tensors)
 
+    async def stage(self, staged: StagedWeights) -> None:
+        """Have vLLM make the version ready beside the one that serves."""
+        await stage_weights(self._llm, str(staged.folder))
+
     async def change(self, staged: StagedWeights, expected: Expected, *, recompute_kv: bool) -> ModelVersion:
-        """Serve `staged`, or go on as before.
+        """Serve `staged`, or go on as before. It takes long where another version was staged after this one.
 
         Raises ValueError where vLLM refused it or computes something else, with the version before loaded anew; what
         was sampled meanwhile is worthless then. Anything else means that vLLM cannot serve any more.
