@@ -233,7 +233,7 @@ class SecondSet:
 def _like(tensor: Any, data: torch.Tensor) -> Any:
     """`data` with the class and the attributes of `tensor`."""
     data.__class__ = tensor.__class__
-    data.__dict__ = dict(tensor.__dict__)
+    vars(data).update(vars(tensor))
     return data
 
 
@@ -266,7 +266,8 @@ async def change_weights(llm: Any, folder: str, label: str, *, recompute_kv: boo
     With `recompute_kv` the keys and values of requests in flight are computed anew. Raises what vLLM raised, and leaves
     requests paused then, since the weights are no version's.
     """
-    await llm.pause_generation(mode="keep", clear_cache=recompute_kv)
+    # AsyncLLM's own pause then sleeps 20 ms for outputs still on their way; the engine has labelled these already.
+    await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=recompute_kv)
     await llm.collective_rpc(LOAD, args=(folder,))
     await llm.update_weight_version(label)
     await llm.resume_generation()
