@@ -1,9 +1,10 @@
-"""How the cost of a step grows: seconds against prompts, tokens, parameters and K, with fitted exponents.
+"""How the cost of a step grows: seconds against prompts, tokens, parameters, K and replicas, with fitted exponents.
 
     python -m benchmarks.scaling --out scaling.json [--plot scaling.png] [--doublings 5]
 
 One quantity is doubled at a time, the rest stays. Prompts, tokens and parameters are those of a PPO update (old
-log-probs and values, advantages, an epoch of one minibatch, policy and value model); K is that of a reward-model step.
+log-probs and values, advantages, an epoch of one minibatch, policy and value model); K is that of a reward-model step;
+replicas are those of generator, reward and reference while a batch is sampled and scored (scaling_replicas.py).
 cost ~ quantity^exponent is fitted by least squares of the logs over the larger half of the sizes, where fixed costs
 weigh least; each cost is the median of repeats. Models are random Llamas: cost does not depend on weights.
 """
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.machine import describe_machine
+from benchmarks.scaling_replicas import rollout_seconds
 from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.trainer.data import TokenizedRanking, TokenSequence
@@ -38,6 +40,7 @@ from trimtab.trainer.stages import OptimizerConfig, parse_stage
 
 VOCABULARY = 2048
 PROMPT_TOKENS = 16
+REPLICA_DOUBLINGS = 3
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,15 @@ def measure(scratch: Path, *, doublings: int, repeats: int) -> list[Curve]:
         curve("prompts", [replace(base, prompts=8 * n) for n in steps], ppo_update, scratch, repeats),
         curve("tokens", [replace(base, tokens=16 * n) for n in steps], ppo_update, scratch, repeats),
         curve("parameters", [replace(base, width=64 * n) for n in steps], ppo_update, scratch, repeats),
-        curve("k", [replace(base, k=2 * n) for n in steps], reward_step, scratch, repeats),
+        curve("K", [replace(base, k=2 * n) for n in steps], reward_step, scratch, repeats),
+        replica_curve([2**power for power in range(REPLICA_DOUBLINGS + 1)]),
     ]
+
+
+def replica_curve(replicas: Sequence[int]) -> Curve:
+    """The rollouts of a batch with more and more replicas."""
+    seconds = [rollout_seconds(count) for count in replicas]
+    return Curve("replicas", list(replicas), seconds, exponent(replicas, seconds))
 
 
 def curve(
@@ -106,14 +116,18 @@ def curve(
         parameters, work = prepare(size, scratch)
         work()  # not counted: first touches of memory
         seconds.append(median(_seconds(work) for _ in range(repeats)))
-        xs.append(parameters if quantity == "parameters" else getattr(size, quantity))
+        xs.append(parameters if quantity == "parameters" else getattr(size, quantity.lower()))
     return Curve(quantity, xs, seconds, exponent(xs, seconds))
 
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
     """The slope of log cost over log size, over the larger half of the sizes (at least two)."""
-    count = max(2, len(sizes) // 2)
+    count = _fitted(len(sizes))
     return float(np.polyfit(np.log(sizes[-count:]), np.log(seconds[-count:]), 1)[0])
+
+
+def _fitted(count: int) -> int:
+    return max(2, (count + 1) // 2)
 
 
 def ppo_update(size: Size, scratch: Path) -> tuple[int, Callable[[], object]]:
@@ -191,19 +205,37 @@ def make_experience(size: Size) -> Experience:
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """Seconds over size, both axes logarithmic."""
-    import matplotlib
+    """Seconds over size, both axes logarithmic, with the fitted line."""
+    from trimtab.rounds.plot_style import ACCENT, AFTER, STYLE  # chooses matplotlib's backend
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot  # isort: skip
 
-    figure, axes = plt.subplots(1, len(curves), figsize=(3 * len(curves), 3), layout="constrained")
-    for axis, one in zip(axes, curves, strict=True):
-        axis.loglog(one.sizes, one.seconds, marker="o")
-        axis.set_title(f"{one.quantity}: exponent {one.exponent:.2f}", fontsize=9)
-        axis.set_xlabel(one.quantity)
-    axes[0].set_ylabel("seconds a step")
-    figure.savefig(path, dpi=120)
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(1, len(curves), figsize=(2.6 * len(curves), 2.7), layout="constrained")
+        for axis, one in zip(axes, curves, strict=True):
+            fitted = np.array(one.sizes[-_fitted(len(one.sizes)) :], float)
+            middle = np.exp(np.mean(np.log(one.seconds[-len(fitted) :])) - one.exponent * np.mean(np.log(fitted)))
+            axis.loglog(one.sizes, one.seconds, "o", color=AFTER)
+            axis.loglog(fitted, middle * fitted**one.exponent, color=ACCENT)
+            axis.minorticks_off()
+            axis.set_xticks(one.sizes, [_short(size) for size in one.sizes])
+            ticks = [
+                tick for tick in (m * 10.0**p for p in range(-3, 3) for m in (1, 2, 5)) if _within(tick, one.seconds)
+            ]
+            axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.set_title(f"{one.quantity}: {one.exponent:.2f}")
+            axis.set_xlabel(one.quantity)
+        axes[0].set_ylabel("seconds a step")
+        figure.savefig(path)
+        pyplot.close(figure)
+
+
+def _short(size: int) -> str:
+    return f"{size / 1e6:.2g}M" if size >= 1e5 else str(size)
+
+
+def _within(tick: float, seconds: Sequence[float]) -> bool:
+    return min(seconds) / 1.3 <= tick <= max(seconds) * 1.3
 
 
 def _tokens(random: np.random.Generator, count: int) -> np.ndarray:

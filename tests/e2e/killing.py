@@ -21,7 +21,14 @@ from trimtab_client import ChannelOptions, RunStatus, StepMetrics, TrainerClient
 from trimtab_client.v1 import trainer_pb2
 
 SERVICES = ("trainer", "generator", "reward", "reference")
-MOMENTS = ("generating", "training", "publishing", "saving")
+MOMENTS = {
+    "generating": "generating",
+    "scoring": "generating",
+    "training": "training",
+    "publishing": "publishing",
+    "saving": "saving",
+}
+"""Each moment with how the run's activity begins then. It is scoring once the journal has an episode of the step."""
 EAGER = RestartPolicy(attempts=1000, first_s=0.05, longest_s=0.05)
 LONGEST_RUN_S = 240.0
 
@@ -42,7 +49,7 @@ def random_kills(seed: int, steps: int, count: int) -> list[Kill]:
     victims = [("trainer", SERVICES[1 + seed % 3])]
     victims += [tuple(choose.sample(SERVICES, choose.choice([1, 2]))) for _ in range(count - 1)]
     return [
-        Kill(services, choose.choice(MOMENTS), step, choose.uniform(0, 0.15))
+        Kill(services, choose.choice(list(MOMENTS)), step, choose.uniform(0, 0.15))
         for services, step in zip(victims, sorted(choose.sample(range(steps - 2), count)), strict=True)
     ]
 
@@ -81,6 +88,15 @@ class Site:
         for pid in map(self.pid, services):
             if pid is not None:
                 os.kill(pid, signal.SIGKILL)
+
+    def strike(self, kill: Kill, run_id: str) -> None:
+        """Kill at the moment, which is now or, when scoring, as soon as an episode is in the journal."""
+        journal = self.folder / "runs" / run_id / "state" / "journal"
+        written, give_up = journal.stat().st_size, time.monotonic() + 10
+        while kill.moment == "scoring" and journal.stat().st_size == written and time.monotonic() < give_up:
+            time.sleep(0.001)
+        time.sleep(kill.delay_s)
+        self.kill(kill.services)
 
     def digest(self, run_id: str, name: str = "policy") -> str:
         """Of the newest version."""
@@ -124,8 +140,7 @@ def run_to_its_end(
                         return event, steps
                     reached = steps[-1].step if steps else 0
                     if due and _is_due(due[0], reached, event.activity):
-                        kill = due.pop(0)
-                        threading.Timer(kill.delay_s, place.kill, [kill.services]).start()
+                        threading.Thread(target=place.strike, args=(due.pop(0), run_id)).start()
             except (Unavailable, TrimtabError) as error:
                 if not isinstance(error, Unavailable):
                     raise
@@ -135,7 +150,7 @@ def run_to_its_end(
 
 def _is_due(kill: Kill, reached: int, activity: str) -> bool:
     """At its moment of its step, or in the step after where the moment passed unseen."""
-    return reached > kill.step or (reached == kill.step and activity.startswith(kill.moment))
+    return reached > kill.step or (reached == kill.step and activity.startswith(MOMENTS[kill.moment]))
 
 
 def ppo_config(place: Site, prompts: Path, **changes: object) -> trainer_pb2.PpoConfig:

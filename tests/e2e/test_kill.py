@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.killing import MOMENTS, Kill, Site, ppo_config, random_kills, run_to_its_end, site
+from tests.e2e.killing import MOMENTS, SERVICES, Kill, Site, ppo_config, random_kills, run_to_its_end, site
 from trimtab_client.v1 import trainer_pb2
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "stories260K-hf"
 STEPS = 6
+SEEDS = range(100, 150)
 WORDS = ("the", "cat", "dog", "girl", "boy", "was", "happy", "sad", "big", "little", "ran", "to", "park", "saw", "ball")
 
 
@@ -63,7 +64,7 @@ def calm(place) -> tuple[trainer_pb2.PpoConfig, dict[str, str], list[dict]]:
     heard: list[str] = []
     status, _ = run_to_its_end(place, "calm", config, heard=heard.append)
     assert status.state == "succeeded", status.error
-    assert all(any(activity.startswith(moment) for activity in heard) for moment in MOMENTS)
+    assert all(any(activity.startswith(moment) for activity in heard) for moment in MOMENTS.values())
     return config, {name: place.digest("calm", name) for name in ("policy", "policy-ema")}, place.rows("calm")
 
 
@@ -93,9 +94,15 @@ def test_ppo_ends_with_the_same_weights_whoever_is_killed(place, calm, seed):
     check_ppo_run_survives(place, calm, random_kills(seed, STEPS, 1), f"killed-{seed}")
 
 
+def test_the_fifty_seeds_kill_each_service_at_each_moment():
+    kills = [kill for seed in SEEDS for kill in random_kills(seed, STEPS, 3)]
+    struck = {(service, kill.moment) for kill in kills for service in kill.services}
+    assert struck == {(service, moment) for service in SERVICES for moment in MOMENTS}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", range(100, 150))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_ppo_ends_with_the_same_weights_over_fifty_seeds(place, calm, seed):
     check_ppo_run_survives(place, calm, random_kills(seed, STEPS, 3), f"killed-{seed}")
 

@@ -258,16 +258,20 @@ async def serving_reward(servicer: CountingReward) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def serving_all(model: Path, tmp_path: Path, reward_model: Path | None = None):
-    """Trainer, generator and reference (and reward, with a model) as real servers; yields client and addresses."""
-    store = str(tmp_path / "store")
-    rooms = [(generator_service, GeneratorConfig, model), (reference_service, ReferenceConfig, model)]
+async def serving_all(model: Path, tmp_path: Path, reward_model: Path | None = None, scorers: dict | None = None):
+    """Trainer, generator and reference (and reward, with a model or scorers) as real servers; client and addresses."""
+    rooms = [
+        (generator_service, GeneratorConfig, {"model": str(model)}),
+        (reference_service, ReferenceConfig, {"model": str(model)}),
+    ]
     if reward_model is not None:
-        rooms.append((reward_service, RewardConfig, reward_model))
+        rooms.append((reward_service, RewardConfig, {"model": str(reward_model)}))
+    if scorers is not None:
+        rooms.append((reward_service, RewardConfig, {"scorers": scorers, "default": next(iter(scorers))}))
     async with AsyncExitStack() as stack:
         addresses = []
-        for room, config_class, folder in rooms:
-            config = config_class(**COMMON, model=str(folder), store=store)
+        for room, config_class, settings in rooms:
+            config = config_class(**COMMON, **settings, store=str(tmp_path / "store"))
             server = RunningServer(room.LABEL, config, services=room.SERVICES, load=room.load)
             addresses.append((await stack.enter_async_context(server)).address)
         client = await stack.enter_async_context(serving_trainer(tmp_path))

@@ -107,8 +107,10 @@ def _scores(
     ppo: PpoConfig, plan: Plan, completions: list[Completion], tokens: RaggedTokens, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[float, float]]:
     with RewardClient(ppo.reward_address, plan.options) as reward:
+        pairs = [(decode(tokenizer, c.prompt_token_ids), c.text) for c in completions]
+        if ppo.gold_scorer:
+            reward.score_texts(pairs, timeout_s=CALL_S, scorer=ppo.gold_scorer)
         if ppo.score_text:
-            pairs = [(decode(tokenizer, c.prompt_token_ids), c.text) for c in completions]
             scores = reward.score_texts(pairs, timeout_s=CALL_S, scorer=ppo.reward_scorer)
         else:
             scores = reward.score_tokens(

@@ -143,6 +143,7 @@ class PpoConfig(_Config):
             mean of all its samples, over their deviation.
         ema_decay: of the policy's moving average, a step; InstructGPT's is 0.992.
         ptx_coefficient: InstructGPT's, of the mean NLL a token of `ptx_data`.
+        gold_scorer: another scorer of the reward service, asked about every response and never trained on.
         lora, value_lora: train adapters of the policy; of the value model adapters and the head.
     """
 
@@ -184,6 +185,7 @@ class PpoConfig(_Config):
     value_warmup_steps: Annotated[int, Field(ge=0)] = 0
     score_text: bool = False
     reward_scorer: str = ""
+    gold_scorer: str = ""
     max_staleness: Annotated[int, Field(ge=0, le=16)] = 0
     service_timeout_s: Positive = 600.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -235,6 +237,8 @@ class PpoConfig(_Config):
             raise ValueError(f"value_warmup_steps: advantage '{self.advantage}' has no value model to warm up")
         if self.advantage != "gae" and self.value_lora is not None:
             raise ValueError(f"value_lora: advantage '{self.advantage}' has no value model")
+        if self.gold_scorer and self.gold_scorer == self.reward_scorer:
+            raise ValueError("gold_scorer: it judges what is trained on reward_scorer, so it must be another one")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("min_new_tokens is above max_new_tokens")
         if self.publish_every_steps != 1:

@@ -24,7 +24,7 @@ BODIES = [
 QUERIES = {
     "/dashboard": ["run_id"],
     "/dashboard/samples": ["run_id", "step", "every"],
-    "/dashboard/events": ["run_id", "after", "last-event-id"],
+    "/dashboard/events": ["run_id", "after"],
     "/dashboard/versions": ["other"],
     "/dashboard/people": ["other"],
 }
@@ -58,18 +58,17 @@ async def test_mutated_bodies_are_answered_or_refused_by_field(watched):
     assert seen[422] > 50 and seen[200] > 5
 
 
-async def test_strange_queries_and_headers_are_answered_or_refused_by_field(watched):
+async def test_strange_queries_are_answered_or_refused_by_field(watched):
     seen = Counter[int]()
     for page, names in QUERIES.items():
         for name in names:
             for value in STRANGE:
-                headers = {"x-timeout-s": "2.1", **({name: value.encode()} if name == "last-event-id" else {})}
-                answer = await watched.http.get(page, params={name: value}, headers=headers)
+                answer = await watched.http.get(page, params={name: value})
                 told = f"{page} {name}={value[:40]!r} → {answer.status_code} {answer.text[:300]}"
                 assert answer.status_code in (200, 422), told
                 if answer.status_code == 422:
                     assert json.loads(answer.text)["error"]["field"], told
                 elif page.endswith("events"):
-                    assert answer.text.startswith("retry: "), told  # an event of trouble, not a stream that broke
+                    assert answer.text.startswith("event: trouble\n"), told  # an event of trouble, not a stream that broke
                 seen[answer.status_code] += 1
     assert seen[422] > 30

@@ -12,6 +12,7 @@ RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
 SWITCHED_ON = {
     "adaptive-kl": {"adaptive_kl_target": 6.0},
     "ema": {"ema_decay": 0.992},
+    "gold": {"gold_scorer": "judge"},
     "grpo": {"advantage": "grpo", "samples_per_prompt": 8},
     "lora": {"publish": "adapter", "lora": LoraConfig(rank=16, alpha=32), "value_lora": LoraConfig(rank=16, alpha=32)},
     "overlap": {"max_staleness": 1},

@@ -157,9 +157,9 @@ def test_an_episode_comes_back_from_the_journal_bit_for_bit():
         seed=(1 << 64) - 1,
     )
     hidden = np.arange(8, dtype=np.uint16).reshape(2, 4)
-    episode = Episode(completion, 0.1, float(np.float32(0.3)), np.array([-2.0, -3.0], np.float32), hidden)
+    episode = Episode(completion, 0.1, float(np.float32(0.3)), np.array([-2.0, -3.0], np.float32), hidden, 0.7)
     back = unpack_episode(pack_episode(episode))
-    assert (back.score, back.normalized_score) == (episode.score, episode.normalized_score)
+    assert (back.score, back.normalized_score, back.gold_score) == (0.1, episode.normalized_score, 0.7)
     for name in ("prompt_index", "sample_index", "text", "finish_reason", "versions", "seed"):
         assert getattr(back.completion, name) == getattr(completion, name)
     for name in ("prompt_token_ids", "token_ids", "logprobs"):

@@ -1,7 +1,7 @@
 """A run as server-sent events: what it does, and the metrics of each step, from TrainerService.Watch.
 
-A stream ends a little before its request's deadline; the browser comes back by itself and names the last step that it
-has seen.
+A stream ends after some seconds, so that a browser can tell a quiet run from a dead connection; it comes back and names
+the last step that it has seen (static/live.js).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
 from trimtab.gateway.guard import visit_of
@@ -24,9 +24,8 @@ from trimtab.gateway.schemas import STEP_MAX
 from trimtab_client import AsyncTrainerClient, RunStatus, StepMetrics, TrimtabError
 
 router = APIRouter(include_in_schema=False)
+LONGEST_STREAM_S = 20.0
 MARGIN_S = 2.0
-RETRY_MS = 1000
-LATER_MS = 5000
 RunId = Annotated[str, Query(max_length=128)]
 Step = Annotated[int, Query(ge=0, le=STEP_MAX)]
 
@@ -40,20 +39,14 @@ def trainer_of(request: Request) -> AsyncTrainerClient:
 
 
 @router.get("/dashboard/events")
-async def events(
-    request: Request,
-    run_id: RunId = "",
-    after: Step = 0,
-    last_event_id: Annotated[int | None, Header(ge=0, le=STEP_MAX)] = None,
-) -> Response:
-    """The events of a run ("": the newest) behind step `after`, or behind the browser's last one."""
-    seen = after if last_event_id is None else last_event_id
-    stream = _stream(trainer_of(request), run_id, seen, visit_of(request).left_s - MARGIN_S)
+async def events(request: Request, run_id: RunId = "", after: Step = 0) -> Response:
+    """The events of a run ("": the newest) behind step `after`."""
+    longest_s = min(LONGEST_STREAM_S, visit_of(request).left_s - MARGIN_S)
+    stream = _stream(trainer_of(request), run_id, after, longest_s)
     return StreamingResponse(stream, media_type="text/event-stream")
 
 
 async def _stream(trainer: AsyncTrainerClient, run_id: str, after: int, left_s: float) -> AsyncIterator[str]:
-    yield f"retry: {RETRY_MS}\n\n"
     try:
         async with asyncio.timeout(max(0.1, left_s)), aclosing(_events(trainer, run_id, after)) as found:
             async for event in found:
@@ -61,7 +54,7 @@ async def _stream(trainer: AsyncTrainerClient, run_id: str, after: int, left_s: 
     except TimeoutError:
         return
     except TrimtabError as error:
-        yield f"retry: {LATER_MS}\n" + _event("trouble", {"code": error.code, "message": error.message})
+        yield _event("trouble", {"code": error.code, "message": error.message})
 
 
 async def _events(trainer: AsyncTrainerClient, run_id: str, after: int) -> AsyncGenerator[str]:
@@ -71,7 +64,7 @@ async def _events(trainer: AsyncTrainerClient, run_id: str, after: int) -> Async
         if isinstance(event, StepMetrics):
             values = {name: value for name, value in event.values.items() if math.isfinite(value)}
             data = {"step": event.step, "total_steps": event.total_steps, "values": values}
-            yield f"id: {event.step}\n" + _event("step", data)
+            yield _event("step", data)
         else:
             yield _event("status", _status(event))
 

@@ -37,6 +37,7 @@ def pack_episode(episode: Episode) -> bytes:
         ],
         "score": episode.score,
         "normalized_score": episode.normalized_score,
+        "gold_score": episode.gold_score,
         "arrays": [[name, array.dtype.str, array.shape] for name, array in present.items()],
     }
     return json.dumps(head).encode() + b"\n" + b"".join(array.tobytes() for array in present.values())
@@ -63,4 +64,11 @@ def unpack_episode(data: bytes) -> Episode:
         versions=tuple(VersionRun(ModelVersion(*version), count) for *version, count in head["versions"]),
         seed=head["seed"],
     )
-    return Episode(completion, head["score"], head["normalized_score"], arrays.get("reference"), arrays.get("hidden"))
+    return Episode(
+        completion,
+        head["score"],
+        head["normalized_score"],
+        arrays.get("reference"),
+        arrays.get("hidden"),
+        head.get("gold_score"),
+    )

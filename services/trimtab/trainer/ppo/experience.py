@@ -20,6 +20,7 @@ class Episode:
     """One completion on its way: the reward and reference services fill in their parts.
 
     Attributes:
+        gold_score: what `gold_scorer` says, normalised; None without one.
         reference_hidden: uint16 [R, D], the bits of the reference's bfloat16 hidden states; only for exact KL.
     """
 
@@ -28,6 +29,7 @@ class Episode:
     normalized_score: float = float("nan")
     reference_logprobs: np.ndarray | None = None
     reference_hidden: np.ndarray | None = None
+    gold_score: float | None = None
 
     @property
     def complete(self) -> bool:
@@ -49,6 +51,7 @@ class Experience:
         reference_R: log-probs by the frozen SFT policy.
         scores_B, normalized_B: reward model's raw and normalised score.
         ended_B: whether an end token closed the response.
+        gold_B: normalised scores of the gold scorer, where there is one.
         reference_hidden_RD: the hidden states behind `reference_R`, bfloat16; only for exact KL.
     """
 
@@ -59,6 +62,7 @@ class Experience:
     normalized_B: torch.Tensor
     ended_B: torch.Tensor
     reference_hidden_RD: torch.Tensor | None = None
+    gold_B: torch.Tensor | None = None
 
     @property
     def lengths_B(self) -> torch.Tensor:
@@ -70,6 +74,7 @@ def gather_experience(episodes: Sequence[Episode]) -> Experience:
     """Put finished episodes, already in index order, into flat arrays."""
     references = [episode.reference_logprobs for episode in episodes]
     hidden = [episode.reference_hidden for episode in episodes if episode.reference_hidden is not None]
+    gold = [episode.gold_score for episode in episodes if episode.gold_score is not None]
     completions = [episode.completion for episode in episodes]
     return Experience(
         tokens=TokenBatch(
@@ -81,6 +86,7 @@ def gather_experience(episodes: Sequence[Episode]) -> Experience:
         normalized_B=torch.tensor([episode.normalized_score for episode in episodes]),
         ended_B=torch.tensor([c.finish_reason == "stop" for c in completions]),
         reference_hidden_RD=_bfloat16(np.concatenate(hidden)) if hidden else None,
+        gold_B=torch.tensor(gold) if gold else None,
     )
 
 

@@ -22,7 +22,7 @@ def rollout_metrics(experience: Experience, targets: Targets) -> dict[str, float
     lengths_B = experience.lengths_B
     episodes = len(lengths_B)
     gap_R = (targets.old_R - experience.behaviour_R).abs()
-    return {
+    metrics = {
         "score_mean": float(experience.scores_B.mean()),
         "score_std": float(experience.scores_B.std(unbiased=False)),
         "normalized_score_mean": float(experience.normalized_B.mean()),
@@ -35,4 +35,9 @@ def rollout_metrics(experience: Experience, targets: Targets) -> dict[str, float
         "logprob_gap_mean": float(gap_R.mean()),
         "logprob_gap_max": float(gap_R.max()),
         "importance_weight_mean": float(targets.weights_R.mean()),
-    } | (targets.exact_kl.metrics(episodes) if targets.exact_kl is not None else {})
+    }
+    if experience.gold_B is not None:
+        metrics["gold_score_mean"] = float(experience.gold_B.mean())
+    if targets.exact_kl is not None:
+        metrics |= targets.exact_kl.metrics(episodes)
+    return metrics

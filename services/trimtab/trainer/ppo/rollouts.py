@@ -36,6 +36,7 @@ from trimtab_client import (
     ModelVersion,
     RaggedTokens,
     Sampling,
+    Scores,
 )
 
 OTHER_REPLICA_RETRIES = 1
@@ -88,13 +89,12 @@ class RolloutClients:
 
     def _scorers_digest(self, model: ModelInfo) -> str:
         """The tokenizer digest of the reward service's scorer that the config names."""
-        wanted = self.config.reward_scorer
-        if not wanted:
-            return model.tokenizer_digest
         digests = {scorer.name: scorer.tokenizer_digest for scorer in model.scorers}
-        if wanted not in digests:
-            raise RunFailedError(f"reward_scorer: {wanted} is none of the service's: {', '.join(digests) or 'none'}")
-        return digests[wanted]
+        for setting in ("reward_scorer", "gold_scorer"):
+            wanted = getattr(self.config, setting)
+            if wanted and wanted not in digests:
+                raise RunFailedError(f"{setting}: {wanted} is none of the service's: {', '.join(digests) or 'none'}")
+        return digests.get(self.config.reward_scorer, model.tokenizer_digest)
 
     async def load_version(self, version: ModelVersion) -> None:
         """Make the generator serve a version; returns once it does."""
@@ -204,10 +204,9 @@ class RolloutClients:
             arrived(prompt * batch.samples + sample, completion)
 
     async def _score(self, episodes: list[Episode]) -> None:
+        gold = await self._score_texts(episodes, self.config.gold_scorer) if self.config.gold_scorer else None
         if self.config.score_text:
-            completions = [episode.completion for episode in episodes]
-            pairs = [(decode(self.tokenizer, c.prompt_token_ids), c.text) for c in completions]
-            scores = await self.reward.score_texts(pairs, timeout_s=self.timeout_s, scorer=self.config.reward_scorer)
+            scores = await self._score_texts(episodes, self.config.reward_scorer)
         else:
             tokens = RaggedTokens.from_sequences(
                 [episode.token_ids for episode in episodes],
@@ -216,10 +215,18 @@ class RolloutClients:
             scores = await self.reward.score_tokens(
                 tokens, self.tokenizer_digest, timeout_s=self.timeout_s, scorer=self.config.reward_scorer
             )
-        if not np.isfinite(scores.normalized_scores).all():
+        if not all(np.isfinite(given.normalized_scores).all() for given in (scores, gold) if given is not None):
             raise RunFailedError(f"the reward service {self.config.reward_address} answered with a non-finite score")
+        if gold is not None:
+            for episode, judged in zip(episodes, gold.normalized_scores, strict=True):
+                episode.gold_score = float(judged)
         for episode, raw, normalized in zip(episodes, scores.scores, scores.normalized_scores, strict=True):
             episode.score, episode.normalized_score = float(raw), float(normalized)
+
+    async def _score_texts(self, episodes: list[Episode], scorer: str) -> Scores:
+        completions = [episode.completion for episode in episodes]
+        pairs = [(decode(self.tokenizer, c.prompt_token_ids), c.text) for c in completions]
+        return await self.reward.score_texts(pairs, timeout_s=self.timeout_s, scorer=scorer)
 
     async def _reference(self, episodes: list[Episode]) -> None:
         tokens = RaggedTokens.from_sequences(

@@ -1,7 +1,9 @@
-// The dashboard's one script: live charts, colours of tokens, answers asked for, roll back, signing in and out.
+// What the pages do: live charts, colours of tokens, answers asked for, roll back, signing in and out.
+
+import { follow } from "./live.js";
 
 const CHARTS = [
-  ["Reward", ["normalized_score_mean", "score_mean", "pair_accuracy", "validation_pair_accuracy"]],
+  ["Reward", ["normalized_score_mean", "score_mean", "gold_score_mean", "pair_accuracy", "validation_pair_accuracy"]],
   ["KL against the reference, nats a response", ["kl_nats_per_sequence", "kl_exact_nats_per_sequence"]],
   ["Loss", ["loss", "validation_loss", "loss_policy", "loss_value", "loss_ptx"]],
   ["Clip fraction", ["clip_fraction_policy", "clip_fraction_value"]],
@@ -60,7 +62,7 @@ class Chart {
     const names = this.names.filter((name) => rows.some((row) => name in row));
     this.box.hidden = names.length === 0;
     if (this.box.hidden) return;
-    this.rows = rows;
+    Object.assign(this, { steps, rows });
     const data = [steps, ...names.map((name) => rows.map((row) => row[name] ?? null))];
     const look = names.join() + styled("--one");
     if (this.look !== look) this.make(names, look, data);
@@ -94,7 +96,9 @@ class Chart {
       key.append(document.createElement("i"), `${short(name)} `, value);
       return key;
     }));
-    this.plot.setAttribute("aria-label", names.map((name) => `${name} ${figure(row[name])}`).join(", "));
+    const span = `${this.steps.length} points, steps ${this.steps[0]} to ${this.steps.at(-1)}`;
+    const values = names.map((name) => `${name} ${figure(row[name])}`).join(", ");
+    this.plot.setAttribute("aria-label", `${span}; at step ${this.steps[place]}: ${values}`);
   }
 }
 
@@ -113,10 +117,8 @@ function charts() {
   };
   all.forEach((chart) => { chart.box.hidden = true; });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", soon);
-  const source = new EventSource(`/dashboard/events${location.search}`);
   let run = null;
-  source.addEventListener("status", (event) => {
-    const status = JSON.parse(event.data);
+  const onStatus = (status) => {
     if (run !== null && status.run_id !== run) location.reload();
     run = status.run_id;
     showTrouble(status.error);
@@ -128,19 +130,18 @@ function charts() {
     byId("steps").textContent = `step ${status.step} of ${status.total_steps || "?"} · ${status.published} versions`;
     byId("progress").hidden = !status.total_steps;
     byId("progress").value = status.total_steps ? status.step / status.total_steps : 0;
-  });
-  source.addEventListener("step", (event) => {
-    const { step, values } = JSON.parse(event.data);
-    if (steps.length && step <= steps.at(-1)) return;
+  };
+  const onStep = ({ step, values }) => {
     steps.push(step);
     rows.push(values);
     if (values.seconds_step) byId("speed").textContent = `${figure(values.seconds_step)} s a step`;
     soon();
-  });
-  source.addEventListener("trouble", (event) => showTrouble(JSON.parse(event.data).message));
-  source.addEventListener("error", () => {
-    if (source.readyState === EventSource.CLOSED) showTrouble("The gateway does not answer; reload the page.");
-  });
+  };
+  const onLink = (up) => {
+    byId("link").hidden = up;
+    if (!up) byId("state").classList.remove("open");
+  };
+  follow(location.search, { onStatus, onStep, onTrouble: ({ message }) => showTrouble(message), onLink });
 }
 
 function samples() {
