@@ -1,6 +1,7 @@
 """docs/metrics.md names each metric that a stage reports, and none besides; with every option of PPO at once."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ async def test_each_metric_of_ppo_is_documented_and_each_documented_one_is_there
 
     moved = [False, False, True, True, True]  # the value model warms up alone
     assert [row["grad_norm_policy"] > 0 for row in rows] == ["loss_ptx" in row for row in rows] == moved
-    for row, after in zip(rows, rows[1:], strict=False):
+    for row, after in pairwise(rows):
         error = min(0.2, max(-0.2, row["kl_nats_per_sequence"] / 0.01 - 1))
         assert after["beta"] == pytest.approx(row["beta"] * (1 + error * 16 / 100))
     assert rows[-1]["beta"] > rows[-2]["beta"] and rows[1]["beta"] < rows[0]["beta"], "above the target, and below it"
