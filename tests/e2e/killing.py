@@ -91,10 +91,11 @@ class Site:
 
     def strike(self, kill: Kill, run_id: str) -> None:
         """Kill at the moment, which is now or, when scoring, as soon as an episode is in the journal."""
-        journal = self.folder / "runs" / run_id / "state" / "journal"
-        written, give_up = journal.stat().st_size, time.monotonic() + 10
-        while kill.moment == "scoring" and journal.stat().st_size == written and time.monotonic() < give_up:
-            time.sleep(0.001)
+        if kill.moment == "scoring":
+            journal = self.folder / "runs" / run_id / "state" / "journal"
+            written, give_up = _size_bytes(journal), time.monotonic() + 10
+            while _size_bytes(journal) == written and time.monotonic() < give_up:
+                time.sleep(0.001)
         time.sleep(kill.delay_s)
         self.kill(kill.services)
 
@@ -146,6 +147,14 @@ def run_to_its_end(
                     raise
                 time.sleep(0.1)
     raise AssertionError(f"run {run_id} did not end in time")
+
+
+def _size_bytes(journal: Path) -> int:
+    """0 before the run's first step and after its last."""
+    try:
+        return journal.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _is_due(kill: Kill, reached: int, activity: str) -> bool:

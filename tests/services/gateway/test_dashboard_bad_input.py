@@ -69,6 +69,6 @@ async def test_strange_queries_are_answered_or_refused_by_field(watched):
                 if answer.status_code == 422:
                     assert json.loads(answer.text)["error"]["field"], told
                 elif page.endswith("events"):
-                    assert answer.text.startswith("event: trouble\n"), told  # an event of trouble, not a stream that broke
+                    assert answer.text.startswith("event: trouble\n"), told
                 seen[answer.status_code] += 1
     assert seen[422] > 30
