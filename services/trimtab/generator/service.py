@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 import grpc.aio
-from prometheus_client import Gauge
+from prometheus_client import CollectorRegistry, Gauge
 
 from trimtab.generator.config import GeneratorConfig
 from trimtab.generator.driver import EngineDriver
@@ -78,6 +78,12 @@ async def load(context: ServerContext) -> Sequence[Service]:
     return [Service(SERVICE_NAME, add, servicer), ModelServicer(served).as_service()]
 
 
+def swap_pause(registry: CollectorRegistry) -> Gauge:
+    """Seconds."""
+    name, told = "trimtab_swap_pause_seconds", "The longest that sampling waited at a time for the newest version."
+    return Gauge(name, told, registry=registry)
+
+
 class Swapper:
     """Stages a version beside the running engine and asks the engine to swap to it."""
 
@@ -88,11 +94,7 @@ class Swapper:
         self._policy = policy
         self._store = store
         self._driver = driver
-        self._pause = Gauge(
-            "trimtab_swap_pause_seconds",
-            "The longest that sampling waited at a time for the newest version.",
-            registry=metrics.registry,
-        )
+        self._pause = swap_pause(metrics.registry)
 
     async def stage(self, version: ModelVersion) -> Served[Policy]:
         """Return once the engine samples with `version`; raises ServiceError, the old version then stays."""

@@ -151,8 +151,8 @@ def check_goes_on(page: Page, site: Site) -> None:
     now = site.reached()
     eventually(lambda: points(page) > now + 3)
     assert page.evaluate("window.sameAsBefore")
-    expect(page.locator("#trouble")).to_be_hidden()
-    expect(page.locator("#state")).to_have_text("sft · running")
+    expect(page.locator("#trouble")).to_be_hidden(timeout=BACK_MS)
+    expect(page.locator("#state")).to_have_text("sft · running", timeout=BACK_MS)
 
 
 def reconnecting(page: Page) -> Locator:
@@ -163,7 +163,7 @@ def test_points_come_while_the_run_goes_and_none_is_missing_after_the_gateway_wa
     check_goes_on(page, site)
     before = points(page)
     site.kill("gateway")
-    expect(reconnecting(page)).to_be_visible()
+    expect(reconnecting(page)).to_be_visible(timeout=BACK_MS)
     eventually(lambda: site.reached() > before + 10)
     site.start("gateway")
     check_goes_on(page, site)
@@ -181,7 +181,7 @@ def test_points_stay_single_when_the_trainer_goes_back_to_its_checkpoint(site: S
 def test_a_connection_that_falls_silent_is_given_up(site: Site, page: Page) -> None:
     site.processes["gateway"].send_signal(signal.SIGSTOP)
     page.clock.fast_forward("00:45")
-    expect(reconnecting(page)).to_be_visible()
+    expect(reconnecting(page)).to_be_visible(timeout=BACK_MS)
     site.processes["gateway"].send_signal(signal.SIGCONT)
     check_goes_on(page, site)
 

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from trimtab.generator.service import swap_pause
 from trimtab.runtime.metrics import Metrics
 from trimtab.trainer.metric_sinks import METRIC
 
@@ -22,8 +23,9 @@ TRAINER_NAME = re.compile(r'metric(=~?)"([^"]+)"')
 
 
 def exported() -> dict[str, str]:
-    """Name and type of every metric family of a server and of the trainer, by sample name."""
+    """Name and type of every metric family of a server, of the generator and of the trainer, by sample name."""
     metrics = Metrics()
+    swap_pause(metrics.registry)
     metrics.registry.register(METRIC)
     METRIC.labels("run", "ppo", "loss").set(1.0)
     metrics.requests.labels("s", "m", "OK").inc()
