@@ -22,8 +22,12 @@ from trimtab_client import ChannelOptions, TrainerClient, TrimtabError
 from trimtab_client.v1 import trainer_pb2
 
 RUN = "live"
-BACK_MS = 60_000
-pytestmark = pytest.mark.skipif(chromium_path() is None, reason="no Chromium: apt-get install chromium, or CHROMIUM=…")
+BACK_MS = 120_000
+pytestmark = [
+    pytest.mark.slow,  # services start again and again
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(chromium_path() is None, reason="no Chromium: apt-get install chromium, or CHROMIUM=…"),
+]
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Site:
         config.stage.model = str(MODEL)
         config.stage.max_length = 64
         config.stage.checkpoint_every_steps = 5
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + 120
         with self.trainer() as client:
             while True:
                 try:
@@ -96,9 +100,9 @@ def serving(folder: Path) -> Iterator[Site]:
             site.kill(name)
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    with serving(tmp_path) as one:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with serving(tmp_path_factory.mktemp("live")) as one:
         yield one
 
 
@@ -122,7 +126,7 @@ def page(browser: Browser, site: Site) -> Page:
     return page
 
 
-def eventually(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+def eventually(condition: Callable[[], object], timeout_s: float = 120.0) -> None:
     give_up = time.monotonic() + timeout_s
     while True:
         try:
