@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trimtab.generator.engine import StagedPatches, StagedWeights
 from trimtab.generator.local.blocks import in_blocks, padded, whole_blocks
 from trimtab.generator.local.live_weights import LiveWeights, overwrite, pieces
-from trimtab.generator.local.row_attention import Attend, RowAttention, Span
+from trimtab.generator.local.row_attention import Attend, RowAttention, Span, side_by_side
 from trimtab.generator.local.row_cache import RowCache
 from trimtab.models.llama import LlamaFormula
 from trimtab.models.llama_weights import LlamaWeights, Packer
@@ -26,6 +26,8 @@ PIECE = 2**20
 """Elements of a new version that are copied, or overwritten, in one piece."""
 SCATTERED = 4
 """What overwriting a single element takes, in elements copied in a row."""
+NONE = np.zeros(0, dtype=np.int64)
+"""No live rows."""
 
 
 class LlamaRunner(LiveWeights):
@@ -114,16 +116,7 @@ class LlamaRunner(LiveWeights):
 
         `copies[i]` rows are written for sequence i (one each by default).
         """
-        counts = list(copies) or [1] * len(sequences)
-        firsts = first_row + np.cumsum([0, *counts])
-        longest = max(len(sequence) for sequence in sequences)
-        self.cache.reserve(int(firsts[-1]), longest)
-        logits_BV = self._extend([Span(int(row), 0, ids) for row, ids in zip(firsts, sequences, strict=False)])
-        sources = np.repeat(np.arange(len(sequences)), counts)
-        rows = first_row + np.arange(len(sources))
-        extra = np.flatnonzero(firsts[sources] != rows)
-        self.cache.copy(firsts[sources[extra]].tolist(), rows[extra].tolist(), longest)
-        return logits_BV if len(extra) == 0 else logits_BV[torch.from_numpy(sources)]
+        return self._compute(NONE, NONE, sequences, first_row, copies)
 
     @torch.inference_mode()
     def extend(self, token_ids: np.ndarray, *, row: int, start: int, copies: int = 1) -> torch.Tensor:
@@ -138,22 +131,59 @@ class LlamaRunner(LiveWeights):
         return logits_1V.expand(copies, -1)
 
     @torch.inference_mode()
-    def decode(self, tokens_B: np.ndarray, lengths_B: np.ndarray) -> torch.Tensor:
-        """Feed one token a live row, whose past is `lengths_B` tokens long; float32 logits [B, V]."""
+    def decode(
+        self,
+        tokens_B: np.ndarray,
+        lengths_B: np.ndarray,
+        prompts: Sequence[np.ndarray] = (),
+        copies: Sequence[int] = (),
+    ) -> torch.Tensor:
+        """One forward of one token a live row, whose past is `lengths_B` tokens long, and of `prompts` behind them.
+
+        Float32 logits [B and the rows written as by `prefill`, V].
+        """
         if self._retired:
             self._retired.pop()
-        self.cache.reserve(len(tokens_B), int(lengths_B.max()) + 1)
-        return self._forward(tokens_B, lengths_B, self._attention.to_past(lengths_B))
+        return self._compute(tokens_B, lengths_B, prompts, len(tokens_B), copies)
 
-    def _extend(self, spans: Sequence[Span]) -> torch.Tensor:
-        """Run spans, those of one shape together; float32 logits [spans, V] of each span's last token."""
+    def _compute(
+        self,
+        tokens_B: np.ndarray,
+        lengths_B: np.ndarray,
+        prompts: Sequence[np.ndarray],
+        first_row: int,
+        copies: Sequence[int],
+    ) -> torch.Tensor:
+        """The logits of `decode`, with the prompts' rows from `first_row` on."""
+        counts = list(copies) or [1] * len(prompts)
+        firsts = first_row + np.cumsum([0, *counts])
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        self.cache.reserve(int(firsts[-1]), max(longest, int(lengths_B.max(initial=-1)) + 1))
+        spans = [Span(int(row), 0, ids) for row, ids in zip(firsts, prompts, strict=False)]
+        logits_BV = self._extend(spans, tokens_B, lengths_B)
+        sources = np.repeat(np.arange(len(prompts)), counts)
+        rows = first_row + np.arange(len(sources))
+        extra = np.flatnonzero(firsts[sources] != rows)
+        if len(extra) == 0:
+            return logits_BV
+        self.cache.copy(firsts[sources[extra]].tolist(), rows[extra].tolist(), longest)
+        return logits_BV[torch.from_numpy(np.concatenate([np.arange(len(tokens_B)), len(tokens_B) + sources]))]
+
+    def _extend(self, spans: Sequence[Span], tokens_B: np.ndarray = NONE, lengths_B: np.ndarray = NONE) -> torch.Tensor:
+        """One token a live row and spans, those of one shape together; float32 logits of each one's last token."""
+        live = len(tokens_B)
+        if not spans:
+            return self._forward(tokens_B, lengths_B, self._attention.to_past(lengths_B))
         order = sorted(range(len(spans)), key=lambda i: (spans[i].start, len(spans[i].token_ids)))
         inside = [spans[i] for i in order]
-        tokens_N = np.concatenate([span.token_ids for span in inside])
-        positions_N = np.concatenate([np.arange(len(span.token_ids)) + span.start for span in inside])
-        ends_B = np.cumsum([len(span.token_ids) for span in inside]) - 1
-        logits_BV = self._forward(tokens_N, positions_N, self._attention.in_spans(inside), torch.from_numpy(ends_B))
-        return logits_BV if order == sorted(order) else logits_BV[torch.from_numpy(np.argsort(order))]
+        attend = self._attention.in_spans(inside)
+        if live:
+            attend = side_by_side(live, self._attention.to_past(lengths_B), attend)
+        tokens_N = np.concatenate([tokens_B, *(span.token_ids for span in inside)])
+        positions_N = np.concatenate([lengths_B, *(np.arange(len(span.token_ids)) + span.start for span in inside)])
+        last_B = np.cumsum([live, *(len(span.token_ids) for span in inside)])[1:] - 1
+        ends_B = np.concatenate([np.arange(live), last_B[np.argsort(order)]])
+        return self._forward(tokens_N, positions_N, attend, torch.from_numpy(ends_B))
 
     def _forward(
         self, tokens_N: np.ndarray, positions_N: np.ndarray, attend: Attend, wanted_B: torch.Tensor | None = None

@@ -29,6 +29,16 @@ class Span:
     token_ids: np.ndarray
 
 
+def side_by_side(count: int, first: Attend, rest: Attend) -> Attend:
+    """`first` of the first `count` tokens, `rest` of those behind them."""
+
+    def attend(layer: int, *qkv: torch.Tensor) -> torch.Tensor:
+        before, behind = ([part[tokens] for part in qkv] for tokens in (slice(None, count), slice(count, None)))
+        return torch.cat((first(layer, *before), rest(layer, *behind)))
+
+    return attend
+
+
 class RowAttention:
     """Attention of a forward's tokens, which it first writes into the cache."""
 

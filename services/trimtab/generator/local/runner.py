@@ -77,14 +77,23 @@ class ModelRunner(LiveWeights):
         raise NotImplementedError("the cache of this runner takes whole prompts")
 
     @torch.inference_mode()
-    def decode(self, tokens_B: np.ndarray, lengths_B: np.ndarray) -> torch.Tensor:
-        """Feed one token a live row, whose past is `lengths_B` tokens long; float32 logits [B, V]."""
+    def decode(
+        self,
+        tokens_B: np.ndarray,
+        lengths_B: np.ndarray,
+        prompts: Sequence[np.ndarray] = (),
+        copies: Sequence[int] = (),
+    ) -> torch.Tensor:
+        """Feed one token a live row, whose past is `lengths_B` tokens long, then `prompts` to the rows behind.
+
+        Float32 logits [B and the rows written as by `prefill`, V].
+        """
         self.cache.begin_decode()
         width = self.cache.window.length + 1
         mask_BL = np.arange(width) >= (width - 1 - lengths_B)[:, None]
         logits = self._forward(tokens_B.astype(np.int64)[:, None], mask_BL, lengths_B.astype(np.int64)[:, None])
         self.cache.end_decode(int(lengths_B.max()) + 1)
-        return logits
+        return torch.cat((logits, self.prefill(prompts, first_row=len(logits), copies=copies))) if prompts else logits
 
     def _forward(self, tokens_BL: np.ndarray, mask_BL: np.ndarray, positions_BL: np.ndarray) -> torch.Tensor:
         positions = {"position_ids": torch.from_numpy(positions_BL).to(self.device)} if self._takes_positions else {}

@@ -41,8 +41,17 @@ class Runner(Protocol):
         """
         ...
 
-    def decode(self, tokens_B: np.ndarray, lengths_B: np.ndarray) -> torch.Tensor:
-        """Feed one token a live row, whose past is `lengths_B` tokens long; float32 logits [B, V]."""
+    def decode(
+        self,
+        tokens_B: np.ndarray,
+        lengths_B: np.ndarray,
+        prompts: Sequence[np.ndarray] = (),
+        copies: Sequence[int] = (),
+    ) -> torch.Tensor:
+        """Feed one token a live row (at least one), whose past is `lengths_B` tokens long; and `prompts` behind them.
+
+        Float32 logits [B and the rows written as by `prefill`, V].
+        """
         ...
 
     def keep(self, survivors: Sequence[int], longest: int) -> None:

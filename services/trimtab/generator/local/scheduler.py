@@ -1,7 +1,7 @@
 """The local engine: schedule, run, postprocess, once a step.
 
-Each step swaps weights where one is due, fills free slots from the queue (prefill), decodes one token for every live
-sequence, and returns what ended. The cache layout is kv_cache.py's, the arithmetic of a choice sampler.py's.
+Each step swaps weights where one is due, fills free slots from the queue and decodes one token for every live sequence,
+both in one forward, and returns what ended. The cache layout is kv_cache.py's, the arithmetic of a choice sampler.py's.
 """
 
 import threading
@@ -195,15 +195,20 @@ class LocalEngine:
 
     @torch.inference_mode()
     def step(self) -> list[Outcome]:
-        """Swap if due, prefill into free slots, decode one token for every live sequence; return what ended."""
+        """Swap if due, fill free slots, sample a token for every sequence that is live then; return what ended."""
         self._take_messages()
         started_s = time.perf_counter()
         self._swap_if_due()
         self._pause_s = max(self._pause_s, time.perf_counter() - started_s)
-        outcomes = self._fill(self._filling) if self._filling is not None else self._admit()
-        if self.live:
-            outcomes += self._decode()
-        return outcomes
+        if self._filling is None:
+            chosen, outcomes = self._choose()
+            if chosen and len(chosen[0].prompt_ids) > self._prefill_tokens and self._runner.takes_pieces:
+                self._filling, chosen = Filling(chosen), []
+        else:
+            chosen, outcomes = [], []
+        if self._filling is not None:
+            outcomes += self._fill(self._filling)
+        return outcomes + self._advance(chosen)
 
     def _take_messages(self) -> None:
         """Apply submits and cancels."""
@@ -284,26 +289,6 @@ class LocalEngine:
         sampled = table.tokens[row, : table.counts[row] - 1]
         return np.concatenate([table.slots[row].request.prompt_ids, sampled])
 
-    def _admit(self) -> list[Outcome]:
-        """Move sequences from the queue into free slots, up to the prefill budget, and sample their first tokens."""
-        chosen, failed = self._choose()
-        if not chosen:
-            return failed
-        if len(chosen[0].prompt_ids) > self._prefill_tokens and self._runner.takes_pieces:
-            self._filling = Filling(chosen)
-            return failed + self._fill(self._filling)
-        first = self._add(chosen)
-        prompts: list[np.ndarray] = []
-        copies: list[int] = []
-        for before, request in zip([None, *chosen], chosen, strict=False):
-            if before is not None and before.prompt_key == request.prompt_key:
-                copies[-1] += 1
-            else:
-                prompts.append(request.prompt_ids)
-                copies.append(1)
-        logits = self._runner.prefill(prompts, first_row=first, copies=copies)
-        return failed + self._sample(slice(first, self.live), logits)
-
     def _fill(self, filling: Filling) -> list[Outcome]:
         """Compute the next piece of a long prompt; with its last one its samples come to live."""
         start, prompt_ids = filling.computed, filling.requests[0].prompt_ids
@@ -365,12 +350,26 @@ class LocalEngine:
             return FailedSequence(request.sequence_id, FailureReason.VERSION, message)
         return None
 
-    def _decode(self) -> list[Outcome]:
-        """Feed every live sequence its newest token and sample the next."""
-        rows = slice(0, self.live)
-        logits = self._runner.decode(self._table.newest[rows], self._table.lengths[rows])
-        self._table.lengths[rows] += 1
-        return self._sample(rows, logits)
+    def _advance(self, new: Sequence[SequenceRequest]) -> list[Outcome]:
+        """One forward: every live sequence's newest token and the prompts of `new`; sample what follows each."""
+        live = slice(0, self.live)
+        prompts: list[np.ndarray] = []
+        copies: list[int] = []
+        for before, request in zip([None, *new], new, strict=False):
+            if before is not None and before.prompt_key == request.prompt_key:
+                copies[-1] += 1
+            else:
+                prompts.append(request.prompt_ids)
+                copies.append(1)
+        self._add(new)
+        if live.stop:
+            logits = self._runner.decode(self._table.newest[live], self._table.lengths[live], prompts, copies)
+            self._table.lengths[live] += 1
+        elif new:
+            logits = self._runner.prefill(prompts, first_row=0, copies=copies)
+        else:
+            return []
+        return self._sample(slice(0, self.live), logits)
 
     def _sample(self, rows: slice, logits_BV: torch.Tensor) -> list[Outcome]:
         """Choose a token for each of these rows, and let go of the rows that end with it."""
