@@ -67,12 +67,12 @@ def _change_a_field(message: Message, rng: random.Random) -> str:
 def _change_repeated(holder: Message, field: FieldDescriptor, rng: random.Random) -> str:
     values = getattr(holder, field.name)
     kind = rng.choice(["clear", "more", "many", "drop"])
-    if kind == "clear":
+    is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+    if kind == "clear" or is_map:
         holder.ClearField(field.name)
-    elif kind == "drop" and len(values):
+        return "clear"
+    if kind == "drop" and len(values):
         del values[rng.randrange(len(values))]
-    elif field.message_type is not None and field.message_type.GetOptions().map_entry:
-        holder.ClearField(field.name)
     elif field.type == FieldDescriptor.TYPE_MESSAGE:
         for _ in range(300 if kind == "many" else 1):
             values.add()
