@@ -12,6 +12,8 @@ VLLM_STAMP := $(VLLM_VENV)/.trimtab-installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -rs --durations=15 \
 	--cov --cov-report=term:skip-covered
 export PATH := $(abspath $(BIN)):$(PATH)
+# Modules are compiled once, when they are first imported: without it every process of every test would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install lint wire wheels docs unit test test-vllm test-all demo demo-rounds bench image-test protos format clean
 

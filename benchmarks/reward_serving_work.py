@@ -1,4 +1,4 @@
-"""What the reward servers are asked: two models in folders, texts of about 96 tokens, and the bare forward beside them.
+"""What the reward servers are asked: three models in folders, texts of about 96 tokens, and the bare forward beside them.
 
     python -m benchmarks.reward_serving_work --model FOLDER --texts texts.jsonl --dtype bfloat16 --batch 64
 
@@ -74,6 +74,12 @@ def write_260k(root: Path) -> Path:
             model.tokenizer.pad_token = model.tokenizer.eos_token
         model.save(root)
     return root
+
+
+def write_260k_wide_heads(root: Path) -> Path:
+    """A random Llama with a score head of that model's size, but 2 heads 32 wide: vLLM has none 8 wide on a CPU."""
+    shape = Work(hidden_size=64, layers=5, heads=2, intermediate_size=172, prompt_tokens=64, response_tokens=64)
+    return write_work(root, shape).reward
 
 
 def write_texts(path: Path, model: Path, texts: Texts) -> Path:
