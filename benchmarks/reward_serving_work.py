@@ -1,4 +1,4 @@
-"""What the reward servers are asked: three models in folders, texts of about 96 tokens, and the bare forward beside them.
+"""What the reward servers are asked: models in folders, texts of about 96 tokens, and the bare forward beside them.
 
     python -m benchmarks.reward_serving_work --model FOLDER --texts texts.jsonl --dtype bfloat16 --batch 64
 
