@@ -247,6 +247,18 @@ async def test_draining_tells_health_watchers_and_does_not_wait_for_them():
         await asyncio.wait_for(draining, 5)
 
 
+async def test_one_watcher_that_leaves_does_not_leave_the_others_untold():
+    async with running(one) as server, grpc.aio.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        leaves, stays = (stub.Watch(health_pb2.HealthCheckRequest(service=NAME)) for _ in range(2))
+        assert [(await watch.read()).status for watch in (leaves, stays)] == [SERVING, SERVING]
+        leaves.cancel()
+        await asyncio.sleep(0.1)
+        draining = asyncio.create_task(server.drain())
+        assert (await asyncio.wait_for(stays.read(), 5)).status == NOT_SERVING
+        await draining
+
+
 async def test_background_tasks_end_and_closers_run_at_the_drain():
     events: list[str] = []
 
