@@ -21,7 +21,7 @@ from trimtab.runtime.server import RunningServer
 from trimtab.trainer import service
 from trimtab.trainer.config import TrainerConfig
 from trimtab.weights.store import open_store
-from trimtab_client import AlreadyExists, AsyncTrainerClient, FailedPrecondition
+from trimtab_client import AlreadyExists, AsyncTrainerClient, FailedPrecondition, InvalidArgument, NotFound
 from trimtab_client.v1 import trainer_pb2
 
 
@@ -113,6 +113,30 @@ async def test_a_run_that_has_succeeded_is_not_run_again(make_tiny, tmp_path):
         _, again = await finished(client, "run")
     assert status.state == "succeeded" and status.step == 6 and status.published == before.published
     assert [row.values["loss"] for row in again] == [row.values["loss"] for row in metrics]
+
+
+async def test_runs_of_before_can_be_looked_at_without_being_started_again(make_tiny, tmp_path):
+    model = make_tiny("policy")
+    async with serving_trainer(tmp_path) as client:
+        await client.start("ended", sft_config(model, tmp_path))
+        before, metrics = await finished(client, "ended")
+        await cut_off(client, sft_config(model, tmp_path, epochs=200), 3)
+    (tmp_path / "runs" / "run" / "state" / "outcome.json").unlink()  # as a kill leaves it
+    async with serving_trainer(tmp_path) as client:
+        status, again = await finished(client, "ended")
+        assert status.state == "succeeded" and status.published == before.published
+        assert [row.values["loss"] for row in again] == [row.values["loss"] for row in metrics]
+        newest = await client.status()
+        assert newest.run_id == "run" and newest.state == "stopped" and newest.step >= 3
+        assert newest.error == "it has not ended: start it again, as it was, and it goes on"
+        with pytest.raises(NotFound, match="no run other here; there are run, ended"):
+            await client.status("other")
+        with pytest.raises(InvalidArgument):
+            await client.status("../runs/ended")
+        with pytest.raises(FailedPrecondition, match="has ended"):
+            await client.pause("run")
+        await client.start("run", sft_config(model, tmp_path, epochs=200))
+        await reached(client, lambda status: status.state == "running" and status.step > newest.step)
 
 
 async def test_data_that_changed_meanwhile_is_refused(make_tiny, tmp_path):

@@ -185,16 +185,6 @@ class StageContext:
         torch.set_num_threads(self.threads)
 
 
-def recall_run(run_id: str, stage: str, folder: Path, store: Store) -> Run:
-    """A run that succeeded before this process, as far as its metrics and versions tell."""
-    run = Run(run_id, stage)
-    known = reported(folder)
-    run.plan(known[-1].step if known else 0)
-    run.recall(known, published_before(run_id, store))
-    run.finish(RunState.SUCCEEDED)
-    return run
-
-
 def published_before(run_id: str, store: Store) -> list[ModelVersion]:
     """Versions of a run that the store holds, by step, an average before the model it is of."""
     versions = [manifest.version for manifest in store.versions(run_id)]

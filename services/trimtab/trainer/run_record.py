@@ -152,10 +152,10 @@ class RunFolder:
         """Note how the run ended."""
         write_json(self.folder / "outcome.json", {"state": state})
 
-    def succeeded(self) -> bool:
-        """Whether the run ended well."""
+    def outcome(self) -> str | None:
+        """How the run ended, "succeeded" or "stopped"; None where it did not."""
         outcome = read_json(self.folder / "outcome.json")
-        return outcome is not None and outcome["state"] == "succeeded"
+        return outcome["state"] if outcome is not None else None
 
     def _write(self, record: RunRecord) -> None:
         row = {

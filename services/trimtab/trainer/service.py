@@ -18,9 +18,10 @@ from trimtab.runtime.logs import get_logger
 from trimtab.runtime.server import ServerContext, Service, serve
 from trimtab.trainer.adapters import check_adapters
 from trimtab.trainer.config import DEFAULT_STORE, TrainerConfig
-from trimtab.trainer.context import StageContext, recall_run
+from trimtab.trainer.context import StageContext
 from trimtab.trainer.durable import held
 from trimtab.trainer.metric_sinks import METRIC
+from trimtab.trainer.past_runs import past_run, past_run_ids
 from trimtab.trainer.ranks import ALONE, Ranks, RanksApartError, follows
 from trimtab.trainer.run import Run, RunFailedError, RunSnapshot, RunState, StepMetrics, StopRun
 from trimtab.trainer.run_record import OtherConfigError, RunFolder, RunRecord
@@ -36,6 +37,8 @@ log = get_logger(__name__)
 LABEL = "trainer"
 SERVICE_NAME = "trimtab.v1.TrainerService"
 SERVICES = (SERVICE_NAME,)
+LISTED_RUNS = 20
+"""Most names of runs in the answer to a wrong one."""
 
 
 def main(config: TrainerConfig) -> int:
@@ -61,7 +64,7 @@ async def load(context: ServerContext) -> Sequence[Service]:
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
-    """Runs stages one after another; keeps every run of this process, newest last."""
+    """Runs stages one after another; keeps every run of this process, newest last. Earlier ones can be looked at."""
 
     def __init__(self, config: TrainerConfig, store: Store, draining: asyncio.Event, ranks: Ranks = ALONE) -> None:
         self._config = config
@@ -94,12 +97,12 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def Status(
         self, request: trainer_pb2.StatusRequest, context: grpc.aio.ServicerContext
     ) -> trainer_pb2.StatusResponse:
-        return trainer_pb2.StatusResponse(status=status_proto(self._find(request.run_id).snapshot))
+        return trainer_pb2.StatusResponse(status=status_proto((await self._find(request.run_id)).snapshot))
 
     async def Watch(
         self, request: trainer_pb2.WatchRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[trainer_pb2.WatchResponse]:
-        run = self._find(request.run_id)
+        run = await self._find(request.run_id)
         changed = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -130,21 +133,21 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def Pause(
         self, request: trainer_pb2.PauseRequest, context: grpc.aio.ServicerContext
     ) -> trainer_pb2.PauseResponse:
-        run = self._find_going(request.run_id)
+        run = await self._find_going(request.run_id)
         run.pause()
         return trainer_pb2.PauseResponse(status=status_proto(run.snapshot))
 
     async def Resume(
         self, request: trainer_pb2.ResumeRequest, context: grpc.aio.ServicerContext
     ) -> trainer_pb2.ResumeResponse:
-        run = self._find_going(request.run_id)
+        run = await self._find_going(request.run_id)
         run.resume()
         return trainer_pb2.ResumeResponse(status=status_proto(run.snapshot))
 
     async def Checkpoint(
         self, request: trainer_pb2.CheckpointRequest, context: grpc.aio.ServicerContext
     ) -> trainer_pb2.CheckpointResponse:
-        request_future: Future = self._find_going(request.run_id).checkpoint()
+        request_future: Future = (await self._find_going(request.run_id)).checkpoint()
         try:
             versions = await asyncio.wrap_future(request_future)
         except RunFailedError as error:
@@ -154,14 +157,14 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def Stop(
         self, request: trainer_pb2.StopRequest, context: grpc.aio.ServicerContext
     ) -> trainer_pb2.StopResponse:
-        run = self._find(request.run_id)
+        run = await self._find(request.run_id)
         run.stop()
         return trainer_pb2.StopResponse(status=status_proto(run.snapshot))
 
     async def Samples(
         self, request: trainer_pb2.SamplesRequest, context: grpc.aio.ServicerContext
     ) -> trainer_pb2.SamplesResponse:
-        run_id = self._find(request.run_id).snapshot.run_id
+        run_id = (await self._find(request.run_id)).snapshot.run_id
         samples = await asyncio.to_thread(
             read_samples, self._config.folder / run_id, request.step, watched=request.watched
         )
@@ -194,10 +197,12 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             raise precondition(f"{folder.folder} cannot be read ({error}); take another run id") from error
         if run is not None and (not run.snapshot.state.finished or run.snapshot.state is RunState.SUCCEEDED):
             return run
-        if record is None or not folder.succeeded():
+        if record is None or folder.outcome() != "succeeded":
             return None
-        run = self._runs[run_id] = recall_run(run_id, STAGE_NAMES[kind], self._config.folder / run_id, self._store)
-        return run
+        found = past_run(run_id, self._config.folder / run_id, self._store)
+        if found is not None:
+            self._runs[run_id] = found
+        return found
 
     def _begin(self, run_id: str, kind: str, stage: Stage) -> Run:
         """Start a thread that runs the stage. FAILED_PRECONDITION while another run is going."""
@@ -212,17 +217,29 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self._thread.start()
         return run
 
-    def _find(self, run_id: str) -> Run:
-        if not self._runs:
-            raise not_found("no run was started here", field="run_id")
-        if not run_id:
+    async def _find(self, run_id: str) -> Run:
+        """The run of that name, the newest for ""; of this process or, to be looked at, of before it."""
+        if run_id in self._runs:
+            return self._runs[run_id]
+        if not run_id and self._runs:
             return next(reversed(self._runs.values()))
-        if run_id not in self._runs:
-            raise not_found(f"no run {run_id} here; there are {', '.join(self._runs)}", field="run_id")
-        return self._runs[run_id]
+        return await asyncio.to_thread(self._find_past, run_id)
 
-    def _find_going(self, run_id: str) -> Run:
-        run = self._find(run_id)
+    def _find_past(self, run_id: str) -> Run:
+        if run_id:
+            check_run_id(run_id)
+        folder = self._config.folder
+        known = past_run_ids(folder)
+        for name in [run_id] if run_id else known:
+            if (run := past_run(name, folder / name, self._store)) is not None:
+                return run
+        if not run_id:
+            raise not_found("no run was started here", field="run_id")
+        there = list(dict.fromkeys([*reversed(self._runs), *known]))[:LISTED_RUNS]
+        raise not_found(f"no run {run_id} here; there are {', '.join(there) or 'none'}", field="run_id")
+
+    async def _find_going(self, run_id: str) -> Run:
+        run = await self._find(run_id)
         if run.snapshot.state.finished:
             raise precondition(f"run {run.snapshot.run_id} has ended ({run.snapshot.state.name.lower()})")
         return run
