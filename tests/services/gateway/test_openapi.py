@@ -23,7 +23,7 @@ async def found_by_schemathesis(url: str, phases: str, examples: int, seed: int)
         str(seed),
         "--no-color",
         "--request-timeout",
-        "30",
+        "90",  # the gateway's own deadline is 60 s: what takes longer is a refusal, not a silence
     ]
     process = await asyncio.create_subprocess_exec(
         *command, *options, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT

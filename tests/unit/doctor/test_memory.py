@@ -147,4 +147,5 @@ def test_a_ppo_step_takes_the_memory_that_was_reckoned(dtype, checkpointing, ada
     environment = os.environ | GIVE_BACK | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     estimate, measured = json.loads(result.stdout.splitlines()[-1])
-    assert 1.0 <= estimate / measured < 1.3
+    # Activations are reckoned for the worst; with adapters they are nearly all there is.
+    assert 1.0 <= estimate / measured < (1.6 if adapters == "yes" else 1.3)
