@@ -36,10 +36,21 @@ pytestmark = [
 
 
 class Buildah:
-    """buildah with storage of its own, chroot isolation, and no registry."""
+    """buildah with storage of its own, chroot isolation, and no registry.
+
+    Storage is overlayfs where kernel and file system have it, else whole copies of every layer: ten times the disk.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._storage = ("--root", str(folder / "root"), "--runroot", str(folder / "run"), "--storage-driver", "vfs")
+        self._storage = self._in(folder / "tried", "overlay")
+        made = (self("from", "scratch", check=False).split() or [""])[0]
+        overlays = not self("mount", made, check=False).startswith("Error")
+        self("rm", "--all", check=False)
+        self._storage = self._in(folder / "root", "overlay" if overlays else "vfs")
+
+    @staticmethod
+    def _in(folder: Path, driver: str) -> tuple[str, ...]:
+        return ("--root", str(folder), "--runroot", f"{folder}-run", "--storage-driver", driver)
 
     def __call__(self, command: str, *arguments: str, check: bool = True) -> str:
         done = subprocess.run(
@@ -63,7 +74,9 @@ class Buildah:
 @pytest.fixture(scope="module")
 def buildah(tmp_path_factory) -> Iterator[Buildah]:
     folder = tmp_path_factory.mktemp("buildah")
-    yield Buildah(folder)
+    buildah = Buildah(folder)
+    yield buildah
+    buildah("rm", "--all", check=False)  # takes mounts away
     shutil.rmtree(folder)  # gigabytes, which pytest would keep for three runs
 
 
