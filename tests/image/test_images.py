@@ -23,7 +23,14 @@ from trimtab.rounds.launchers.services import free_ports
 
 ROOT = Path(__file__).parents[2]
 TARGETS = os.environ.get("TRIMTAB_IMAGE_TARGETS", "web").split(",")
-MOST_BYTES = {"web": 600 << 20, "model-server": 2 << 30, "generator": 2 << 30, "trainer": 3 << 30}  # without CUDA
+MIB, GIB = 1 << 20, 1 << 30
+MOST_BYTES = {  # with torch for CPUs
+    "web": 600 * MIB,
+    "model-server": 2 * GIB,
+    "generator": 2 * GIB,
+    "trainer": 3 * GIB,
+    "generator-vllm": 9 * GIB,
+}
 AUTHORITIES = Path("/usr/local/share/ca-certificates")
 WHEELS = os.environ.get("PIP_FIND_LINKS", "")  # folders or addresses, as pip takes them
 CANNOT_SERVE = {"trainer": "the trainer's image runs jobs", "generator-vllm": "vLLM's wheels want a GPU"}
