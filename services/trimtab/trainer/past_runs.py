@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from trimtab.trainer.context import published_before
@@ -27,7 +28,7 @@ def past_run(run_id: str, folder: Path, store: Store) -> Run | None:
             return None
         with held(state_folder.lock):
             steps = reported(folder)
-    except (RunLockedError, ValueError):
+    except (RunLockedError, FileNotFoundError, ValueError):  # a run that never took a step may be discarded meanwhile
         return None
     run = Run(run_id, STAGE_NAMES[record.kind])
     run.plan(steps[-1].step if steps else 0)
@@ -41,5 +42,8 @@ def past_run(run_id: str, folder: Path, store: Store) -> Run | None:
 
 def past_run_ids(folder: Path) -> list[str]:
     """Runs that were started below `folder`, the newest first."""
-    begun = sorted(folder.glob("*/state/run.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return [path.parent.parent.name for path in begun]
+    begun: dict[str, int] = {}
+    for path in folder.glob("*/state/run.json"):
+        with suppress(FileNotFoundError):  # discarded meanwhile
+            begun[path.parent.parent.name] = path.stat().st_mtime_ns
+    return sorted(begun, key=lambda run_id: begun[run_id], reverse=True)
