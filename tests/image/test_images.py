@@ -29,7 +29,7 @@ MOST_BYTES = {  # with torch for CPUs
     "model-server": 2 * GIB,
     "generator": 2 * GIB,
     "trainer": 3 * GIB,
-    "generator-vllm": 9 * GIB,
+    "generator-vllm": 9 * GIB,  # not measured: no whole image of it was built yet
 }
 AUTHORITIES = Path("/usr/local/share/ca-certificates")
 WHEELS = os.environ.get("PIP_FIND_LINKS", "")  # folders or addresses, as pip takes them
@@ -45,7 +45,7 @@ pytestmark = [
 class Buildah:
     """buildah with storage of its own, chroot isolation, and no registry.
 
-    Storage is overlayfs where kernel and file system have it, else whole copies of every layer: ten times the disk.
+    Storage is overlayfs where kernel and file system have it, else whole copies of every layer, many times the disk.
     """
 
     def __init__(self, folder: Path) -> None:

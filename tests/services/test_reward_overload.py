@@ -85,7 +85,7 @@ async def test_at_four_times_its_capacity_it_keeps_its_rate_and_refuses_the_rest
     assert not answers.wrong + again.wrong
     assert len(again.refused_s) > len(again.good_s), "most of it was too much"
     assert kept > 0.8 * capacity
-    assert refusals_ms[0] < 50 and refusals_ms[1] < 250, "99 of 100 on cores that others use too"
+    assert refusals_ms[1] < 50, "99 of 100"
     assert max(again.good_s) < 30 * (CALLS_THAT_WAIT + 2) / capacity, "what is accepted does not wait for long"
     assert after_mb < first_mb + 15, "memory is flat"
 

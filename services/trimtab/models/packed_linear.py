@@ -1,9 +1,9 @@
 """x · Wᵀ + b with W laid out once for the products of few rows, of which a decode step is made.
 
-torch lays the weight out anew in every call: with 16 rows that takes as long as the product. oneDNN's layout is the
-fastest where the processor has AVX-512 or bfloat16 products; with AVX2 alone it is Wᵀ for MKL, whose calls cost 2 µs
-where oneDNN's cost 20. Which one is taken depends on the machine and the dtype alone, so that bits do not change from
-one start to the next.
+torch lays the weight out anew in every call: with 16 rows that takes as long as the product. With AVX2 alone float32
+lies as Wᵀ for MKL, whose calls cost 2 µs where oneDNN's cost 20; everywhere else in oneDNN's blocks, where there are
+such. Which one is taken depends on the machine and the dtype alone, so that bits do not change from one start to the
+next.
 """
 
 from collections.abc import Sequence

@@ -200,8 +200,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         if record is None or folder.outcome() != "succeeded":
             return None
         found = past_run(run_id, self._config.folder / run_id, self._store)
-        if found is not None:
-            self._runs[run_id] = found
+        if found is None:  # never run again what has succeeded
+            raise precondition(f"{folder.folder} cannot be read; see its files, or take another run id")
+        self._runs[run_id] = found
         return found
 
     def _begin(self, run_id: str, kind: str, stage: Stage) -> Run:
