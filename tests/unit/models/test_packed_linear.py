@@ -13,8 +13,8 @@ def test_a_layout_changes_no_product(layout, with_bias, monkeypatch):
     monkeypatch.setattr(packed_linear, "layout_for", lambda dtype, device: layout)
     torch.manual_seed(0)
     weights = [torch.randn(24, 16), torch.randn(8, 16)]
-    biases = [torch.randn(24), None] if with_bias else [None, None]
+    first_bias = torch.randn(24) if with_bias else torch.zeros(24)
+    biases = [first_bias if with_bias else None, None]
     x = torch.randn(5, 16)
-    bias = torch.cat([biases[0], torch.zeros(8)]).double() if with_bias else 0
-    expected = x.double() @ torch.cat(weights).double().T + bias
+    expected = x.double() @ torch.cat(weights).double().T + torch.cat([first_bias, torch.zeros(8)])
     torch.testing.assert_close(PackedLinear(weights, biases)(x).double(), expected, rtol=1e-5, atol=1e-5)
