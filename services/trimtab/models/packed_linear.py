@@ -1,9 +1,9 @@
 """x · Wᵀ + b with W laid out once for the products of few rows, of which a decode step is made.
 
-torch lays the weight out anew in every call: with 16 rows that takes as long as the product. With AVX2 alone float32
-lies as Wᵀ for MKL, whose calls cost 2 µs where oneDNN's cost 20; everywhere else in oneDNN's blocks, where there are
-such. Which one is taken depends on the machine and the dtype alone, so that bits do not change from one start to the
-next.
+torch lays the weight out anew in every call: with 16 rows that takes as long as the product. With AVX2 alone and on
+Intel's CPUs float32 lies as Wᵀ for MKL, whose calls cost 2 µs where oneDNN's cost 20; everywhere else in oneDNN's
+blocks, where there are such. Which one is taken depends on the machine and the dtype alone, so that bits do not change
+from one start to the next.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from enum import Enum
 
 import torch
 from torch.nn import functional
+
+from trimtab.models.cpu import is_intel, rounded_rows
 
 ROWS_HINT = 64
 """Rows the layout is made for; others are computed with it too."""
@@ -54,6 +56,10 @@ class PackedLinear:
             return functional.linear(x_ND, self._weight, self._bias)
         return x_ND @ self._weight if self._bias is None else torch.addmm(self._bias, x_ND, self._weight)
 
+    def rows_for(self, count: int) -> int:
+        """How many rows to compute where `count` are wanted: oneDNN compiles a kernel for every number it meets."""
+        return rounded_rows(count) if self._layout is Layout.ONEDNN else count
+
 
 def layout_for(dtype: torch.dtype, device: torch.device) -> Layout:
     """The fastest one that torch has for weights of this dtype on this machine."""
@@ -63,5 +69,5 @@ def layout_for(dtype: torch.dtype, device: torch.device) -> Layout:
         return Layout.ONEDNN if torch.ops.mkldnn._is_mkldnn_bf16_supported() else Layout.AS_IT_IS
     if dtype is not torch.float32:
         return Layout.AS_IT_IS
-    mkl_is_faster = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return Layout.TRANSPOSED if mkl_is_faster else Layout.ONEDNN
+    mkl_is_fast = is_intel() or torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return Layout.TRANSPOSED if torch.backends.mkl.is_available() and mkl_is_fast else Layout.ONEDNN

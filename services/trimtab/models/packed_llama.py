@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from trimtab.models.attention import packed_attention
+from trimtab.models.cpu import fuses_attention
 from trimtab.models.llama import LlamaFormula
 from trimtab.models.llama_weights import Packer, is_llama
 from trimtab.models.packing import PackedBatch, pack
@@ -58,19 +59,34 @@ class PackedLlama:
     @torch.inference_mode()
     def last_hidden(self, packed: PackedBatch) -> torch.Tensor:
         """Hidden state of each sequence's last token, [B, D]."""
-        formula, shape, weights = self._formula, self._formula.shape, self._weights
-        cos_N1d, sin_N1d = formula.turns(packed.position_ids_N.numpy(), weights.embedding_VD)
-        hidden_ND = functional.embedding(packed.token_ids_N, weights.embedding_VD)
+        formula, weights = self._formula, self._weights
         *firsts, last = weights.layers
+        count = len(packed.token_ids_N)
+        # Rows behind the last token are computed in vain: no token attends to them.
+        behind = (0, last.qkv.rows_for(count) - count)
+        cos_N1d, sin_N1d = formula.turns(np.pad(packed.position_ids_N.numpy(), behind), weights.embedding_VD)
+        hidden_ND = functional.embedding(functional.pad(packed.token_ids_N, behind), weights.embedding_VD)
         for layer in firsts:
             qkv = formula.before(layer, hidden_ND, cos_N1d, sin_N1d)
-            q, k, v = (part.transpose(0, 1)[None] for part in qkv.split((shape.heads, *[shape.key_heads] * 2), dim=1))
-            attended, _ = packed_attention(self._model, q, k, v, None, packed=packed)
-            hidden_ND = formula.after(layer, attended[0].flatten(1), hidden_ND)
-        qkv = formula.before(last, hidden_ND, cos_N1d, sin_N1d)
+            hidden_ND = formula.after(layer, self._attended(qkv, packed), hidden_ND)
+        qkv = formula.before(last, hidden_ND, cos_N1d, sin_N1d)[:count]
         attended_BD = self._last_tokens(qkv, packed)
         hidden_BD = formula.after(last, attended_BD, hidden_ND.index_select(0, packed.last_tokens_B))
         return formula.norm(hidden_BD, weights.norm)
+
+    def _attended(self, qkv: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+        """What every token attends to, [N, H · d], of a layer's [N, heads, d]; zeros behind the packed tokens."""
+        shape = self._formula.shape
+        parts = [part.transpose(0, 1)[None] for part in qkv.split((shape.heads, *[shape.key_heads] * 2), dim=1)]
+        if not fuses_attention(shape.dtype, gradients=False):
+            attended, _ = packed_attention(self._model, *parts, None, packed=packed)
+            return attended[0].flatten(1)
+        repeats, count = shape.heads // shape.key_heads, len(packed.token_ids_N)
+        parts[1:] = (part if repeats == 1 else part.repeat_interleave(repeats, dim=1) for part in parts[1:])
+        sequences = zip(*(part[:, :, :count].split(packed.lengths, dim=2) for part in parts), strict=True)
+        outs = [functional.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in sequences]
+        attended_ND = torch.cat([out[0].transpose(0, 1).flatten(1) for out in outs])
+        return functional.pad(attended_ND, (0, 0, 0, len(qkv) - count))
 
     def _last_tokens(self, qkv: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
         """What each sequence's last token attends to, [B, H · d], of the last layer's [N, heads, d]."""
@@ -78,7 +94,7 @@ class PackedLlama:
         q = qkv.index_select(0, packed.last_tokens_B)[:, : shape.heads]
         attended = []
         for asked, kv in zip(q, qkv[:, shape.heads :].transpose(0, 1).split(packed.lengths, dim=1), strict=True):
-            k, v = kv.split(shape.key_heads)  # [key heads, T, d]
-            scores = torch.bmm(asked.view(shape.key_heads, -1, shape.head_dim), k.transpose(1, 2))
-            attended.append(torch.bmm(scores.mul_(shape.head_dim**-0.5).softmax(-1), v).view(1, -1))
+            k, v = kv[None].split(shape.key_heads, dim=1)  # [1, key heads, T, d]
+            asked = asked.view(1, shape.key_heads, -1, shape.head_dim)  # a key head's queries, as tokens of one head
+            attended.append(functional.scaled_dot_product_attention(asked, k, v).view(1, -1))
         return torch.cat(attended)

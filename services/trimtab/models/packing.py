@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from trimtab.models.cpu import compiles_by_shape
+
 MAX_PADDING_SHARE = 0.15
 """Most padding inside one attention group, as a share of its longest sequence."""
 SHORT = 128
@@ -176,14 +178,16 @@ def _packed(
 def _attention_groups(
     segments: _Segments, device: torch.device | str
 ) -> tuple[tuple[AttentionGroup, ...], torch.Tensor | None]:
+    multiple = 16 if torch.device(device).type == "cpu" and compiles_by_shape(torch.bfloat16) else 1
     groups, tokens = [], []
     for members in _alike(segments):
         start, total = segments.start_S[members], segments.total_S[members]
         shared, shared_start = segments.shared_S[members, None], segments.shared_start_S[members, None]
-        columns = np.minimum(np.arange(total.max())[None, :], total[:, None] - 1)
+        longest = -(-int(total.max()) // multiple) * multiple
+        columns = np.minimum(np.arange(longest)[None, :], total[:, None] - 1)
         gather = np.where(columns < shared, shared_start + columns, start[:, None] + columns - shared)
         first_query = int(shared.min())
-        asked = np.arange(first_query, total.max())[None, :]
+        asked = np.arange(first_query, longest)[None, :]
         valid = (asked >= shared) & (asked < total[:, None])
         queries = gather[:, first_query:]
         tokens.append(queries[valid])

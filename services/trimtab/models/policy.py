@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.models import attention, last_layer, layouts, norms, rotary
+from trimtab.models.cpu import compiles_by_shape, rounded_rows
 from trimtab.models.folders import check_vocabulary, load_pretrained, max_length_of, save_pretrained
 from trimtab.models.packing import PackedBatch
 from trimtab.models.sharded import compute_dtype
@@ -107,12 +109,23 @@ def body_forward(model: PreTrainedModel, packed: PackedBatch, wanted_R: torch.Te
     Returns the last hidden states [N, D], or [R, D] at the positions `wanted_R` of the row.
     """
     short = wanted_R is not None and last_layer.is_short(model)
+    count = len(packed.token_ids_N)
+    behind = (0, _rows_for(model, count) - count)  # computed in vain: no token attends to them
+    wanted = {}
+    if wanted_R is not None and short:
+        wanted["wanted_R"] = functional.pad(wanted_R, (0, _rows_for(model, len(wanted_R)) - len(wanted_R)))
     outputs = model.base_model(
-        input_ids=packed.token_ids_N[None],
-        position_ids=packed.position_ids_N[None],
+        input_ids=functional.pad(packed.token_ids_N, behind)[None],
+        position_ids=functional.pad(packed.position_ids_N, behind)[None],
         use_cache=False,
         packed=packed,
-        **({"wanted_R": wanted_R} if short else {}),
+        **wanted,
     )
     hidden = outputs.last_hidden_state[0]
-    return hidden if wanted_R is None or short else hidden.index_select(0, wanted_R)
+    if wanted_R is None:
+        return hidden[:count]
+    return hidden[: len(wanted_R)] if short else hidden.index_select(0, wanted_R)
+
+
+def _rows_for(model: PreTrainedModel, count: int) -> int:
+    return rounded_rows(count) if model.device.type == "cpu" and compiles_by_shape(model.dtype) else count

@@ -21,8 +21,9 @@ from trimtab.models.tokenizers import encode, encode_chat, encode_continuation
 from trimtab.runtime.logs import get_logger
 
 TextEncoding = Literal["auto", "trained", "plain"]
-CPU_TOKENS = 1024
-"""Tokens of one forward on a CPU: what its layers pass on then stays in the core's cache."""
+CPU_TOKENS, CPU_HIDDEN = 1024, 2**18
+"""Tokens of one forward on a CPU, or more of them up to so many numbers of hidden states: what its layers pass on then
+stays in the core's cache."""
 
 log = get_logger(__name__)
 
@@ -54,6 +55,7 @@ class Scorer:
         self.deterministic = deterministic
         ours = getattr(model.model.config, "trimtab_score_mean", None) is not None
         self._llama = _packed_body(model)
+        self._most_tokens = max(CPU_TOKENS, CPU_HIDDEN // model.model.config.get_text_config().hidden_size)
         self.encodes_as_trained = text_encoding == "trained" or (text_encoding == "auto" and ours)
 
     @property
@@ -85,7 +87,7 @@ class Scorer:
 
         With `alone` each sequence has a forward of its own.
         """
-        most = CPU_TOKENS if self.model.device.type == "cpu" else sum(map(len, sequences))
+        most = self._most_tokens if self.model.device.type == "cpu" else sum(map(len, sequences))
         plan = [[i] for i in range(len(sequences))] if alone else plan_batches([len(ids) for ids in sequences], most)
         scores_B = np.empty(len(sequences), dtype=np.float32)
         with torch.inference_mode():

@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from trimtab.models import cpu, packing, policy
 from trimtab.models.attention import NAME
 from trimtab.models.packing import pack, plan_batches, response_positions
 from trimtab.models.policy import body_forward
@@ -44,6 +45,16 @@ def sequences():
     return [random.integers(0, 61, length).astype(np.int32) for length in LENGTHS]
 
 
+@pytest.fixture(params=["products", "fused", "products, rounded", "fused, rounded"])
+def machine(request, monkeypatch):
+    """The ways of this code on machines of other kinds."""
+    words = {"GenuineIntel"} if "fused" in request.param else set()
+    monkeypatch.setattr(cpu, "_words", lambda: frozenset(words))
+    for module in (policy, packing):
+        monkeypatch.setattr(module, "compiles_by_shape", lambda dtype: "rounded" in request.param)
+
+
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_hidden_states_equal_separate_runs(name, sequences):
     ours, theirs = build(name, NAME), build(name, "eager")
@@ -53,6 +64,7 @@ def test_packed_hidden_states_equal_separate_runs(name, sequences):
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_gradients_equal_separate_runs(name, sequences):
     ours, theirs = build(name, NAME), build(name, "eager")

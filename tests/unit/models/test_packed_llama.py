@@ -15,7 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from trimtab.models import attention
+from trimtab.models import attention, cpu
 from trimtab.models.packed_llama import PackedLlama
 from trimtab.models.packing import pack
 from trimtab.models.policy import body_forward
@@ -59,6 +59,13 @@ def sequences(lengths: tuple[int, ...]) -> list[np.ndarray]:
     return [rng.integers(2, 60, length, dtype=np.int32) for length in lengths]
 
 
+@pytest.fixture(params=[(), ("GenuineIntel",), ("AuthenticAMD", "avx512_bf16"), ("GenuineIntel", "amx_bf16")])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ways of this code on machines of other kinds."""
+    monkeypatch.setattr(cpu, "_words", lambda: frozenset(request.param))
+
+
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("lengths", [(1,), (37,), (5, 90, 2, 88, 300, 1, 90)])
 @pytest.mark.parametrize("name", FAMILY)
 def test_last_hidden_states_are_those_of_transformers(name: str, lengths: tuple[int, ...]) -> None:
@@ -71,6 +78,7 @@ def test_last_hidden_states_are_those_of_transformers(name: str, lengths: tuple[
     torch.testing.assert_close(body.last_hidden(packed), expected_BD, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("machine")
 def test_in_bfloat16_they_differ_by_rounding() -> None:
     model = build(FAMILY["qwen3"](), torch.bfloat16)
     body = PackedLlama.of(model)

@@ -191,9 +191,8 @@ class LlamaRunner(LiveWeights):
         """Float32 logits of all tokens, or of those at `wanted_B`."""
         weights, formula, count = self._weights, self._formula, len(tokens_N)
         shape = formula.shape
-        if self._deterministic:
-            missing = whole_blocks(count) - count
-            tokens_N, positions_N = np.pad(tokens_N, (0, missing)), np.pad(positions_N, (0, missing))
+        behind = (0, self._rows_for(count) - count)  # computed in vain
+        tokens_N, positions_N = np.pad(tokens_N, behind), np.pad(positions_N, behind)
         cos_N1d, sin_N1d = formula.turns(positions_N, weights.embedding_VD)
         hidden_ND = functional.embedding(torch.from_numpy(tokens_N.astype(np.int64)), weights.embedding_VD)
         for index, layer in enumerate(weights.layers):
@@ -201,10 +200,12 @@ class LlamaRunner(LiveWeights):
             attended_ND = attend(index, *qkv.split((shape.heads, shape.key_heads, shape.key_heads), dim=1))
             if wanted_B is not None and index == len(weights.layers) - 1:
                 attended_ND, hidden_ND, count = attended_ND[wanted_B], hidden_ND[wanted_B], len(wanted_B)
-            if self._deterministic:
-                attended_ND, hidden_ND = (padded(rows, whole_blocks(count)) for rows in (attended_ND, hidden_ND))
+            attended_ND, hidden_ND = (padded(rows, self._rows_for(count)) for rows in (attended_ND, hidden_ND))
             hidden_ND = self._run(lambda *rows, of=layer: formula.after(of, *rows), attended_ND, hidden_ND)
         return self._run(self._logits, hidden_ND)[:count].float()
+
+    def _rows_for(self, count: int) -> int:
+        return whole_blocks(count) if self._deterministic else self._weights.layers[0].qkv.rows_for(count)
 
     def _run(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         return in_blocks(function, *inputs) if self._deterministic else function(*inputs)

@@ -1,6 +1,6 @@
 """Attention over a row cache on a CPU: one token a row against its past, and the tokens of prompts among themselves.
 
-One query a row against its cached keys is two small batched products; as such they run faster on a CPU than torch's
+One query a row against its cached keys is two small batched products; as such they run faster on most CPUs than torch's
 fused kernel, which is made for long queries and takes the prompts. Apart, in deterministic mode, every row is computed
 in a shape that its own length decides.
 """
@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from trimtab.generator.local.row_cache import COLUMN_BUCKET, RowCache
+from trimtab.models.cpu import has_amx, is_intel
 from trimtab.models.llama import HeadShape
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -46,6 +47,7 @@ class RowAttention:
         self._cache = cache
         self._shape = shape
         self._apart = apart
+        self._fuses = shape.dtype is torch.bfloat16 and has_amx()
 
     def to_past(self, lengths_B: np.ndarray) -> Attend:
         """For one token a row: to the row's columns [0, length], its own among them."""
@@ -89,14 +91,21 @@ class RowAttention:
     ) -> torch.Tensor:
         """q [B, H, head_dim], keys and values [B, key heads, at least width, head_dim] → [B, H · head_dim]."""
         shape, rows = self._shape, len(q)
-        keys, values = (cached[:, :, :width].flatten(0, 1) for cached in (keys, values))
         group = shape.heads // shape.key_heads
+        if self._fuses:
+            q = q.reshape(rows, shape.key_heads, group, shape.head_dim)
+            mask = None if bias is None else bias.view(rows, shape.key_heads, 1, width)
+            keys, values = keys[:, :, :width], values[:, :, :width]
+            out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            return out.reshape(rows, -1)
+        keys, values = (cached[:, :, :width].flatten(0, 1) for cached in (keys, values))
         if shape.dtype is torch.bfloat16 and group > 1:
             keys = keys.contiguous()  # oneDNN would copy it transposed, which takes thrice as long
         q = q.reshape(rows * shape.key_heads, group, shape.head_dim)
         start = q.new_zeros(1) if bias is None else bias.expand(-1, group, -1)
         options = {"beta": 0 if bias is None else 1, "alpha": shape.head_dim**-0.5}
-        if group == 1:  # a matrix times a vector takes less than the vector times the transposed matrix
+        # A matrix times a vector takes less than the vector times the transposed matrix, but not in Intel's MKL.
+        if group == 1 and not is_intel():
             start = start if bias is None else start.transpose(1, 2)
             scores = torch.baddbmm(start, keys, q.transpose(1, 2), **options).transpose(1, 2)
         else:
