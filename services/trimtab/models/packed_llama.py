@@ -7,6 +7,8 @@ Suffixes: B sequences, T tokens of one, N tokens of the row, H heads, d size of 
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch.nn import functional
@@ -77,14 +79,16 @@ class PackedLlama:
     def _attended(self, qkv: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
         """What every token attends to, [N, H · d], of a layer's [N, heads, d]; zeros behind the packed tokens."""
         shape = self._formula.shape
-        parts = [part.transpose(0, 1)[None] for part in qkv.split((shape.heads, *[shape.key_heads] * 2), dim=1)]
+        q, k, v = (part.transpose(0, 1)[None] for part in qkv.split((shape.heads, *[shape.key_heads] * 2), dim=1))
         if not fuses_attention(shape.dtype, gradients=False):
-            attended, _ = packed_attention(self._model, *parts, None, packed=packed)
+            attended, _ = packed_attention(self._model, q, k, v, None, packed=packed)
             return attended[0].flatten(1)
         repeats, count = shape.heads // shape.key_heads, len(packed.token_ids_N)
-        parts[1:] = (part if repeats == 1 else part.repeat_interleave(repeats, dim=1) for part in parts[1:])
-        sequences = zip(*(part[:, :, :count].split(packed.lengths, dim=2) for part in parts), strict=True)
-        outs = [functional.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in sequences]
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        qs, ks, vs = (part[:, :, :count].split(packed.lengths, dim=2) for part in (q, k, v))
+        attend = partial(functional.scaled_dot_product_attention, is_causal=True)
+        outs = [attend(*one) for one in zip(qs, ks, vs, strict=True)]
         attended_ND = torch.cat([out[0].transpose(0, 1).flatten(1) for out in outs])
         return functional.pad(attended_ND, (0, 0, 0, len(qkv) - count))
 
