@@ -59,10 +59,18 @@ class Packer:
     Args:
         tensor: the tensor of a state dict's name, or None where the model has none.
         head: the head's name in the state dict; None leaves it out.
+        block: rows of every product (packed_linear.py).
     """
 
-    def __init__(self, tensor: Callable[[str], torch.Tensor | None], layers: int, head: str | None = "lm_head") -> None:
+    def __init__(
+        self,
+        tensor: Callable[[str], torch.Tensor | None],
+        layers: int,
+        head: str | None = "lm_head",
+        block: int | None = None,
+    ) -> None:
         self._tensor = tensor
+        self._block = block
         self._layers = layers
         self._packed: list[Layer] = []
         self._head_name = head
@@ -98,7 +106,7 @@ class Packer:
 
     def _linear(self, prefix: str, *names: str) -> PackedLinear:
         weights = [self._needed(f"{prefix}{name}.weight") for name in names]
-        return PackedLinear(weights, [self._tensor(f"{prefix}{name}.bias") for name in names])
+        return PackedLinear(weights, [self._tensor(f"{prefix}{name}.bias") for name in names], self._block)
 
     def _needed(self, name: str) -> torch.Tensor:
         tensor = self._tensor(name)

@@ -32,9 +32,14 @@ class PackedLinear:
     Args:
         weights: [D_out, D_in] each; their outputs stand one after the other.
         biases: [D_out] each, or None.
+        block: so many rows are computed at a time, always: no row's bits depend on how many there are. A product may
+            add up in another order when it has other rows. None computes all at once.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
+    def __init__(
+        self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], block: int | None = None
+    ) -> None:
+        self._block = block
         weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         self.elements = weight.numel()
         self._bias = None
@@ -49,7 +54,12 @@ class PackedLinear:
         self._weight = weight
 
     def __call__(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """[N, D_in] → [N, D_out]."""
+        """[N, D_in] → [N, D_out]; with a block N is a whole number of them."""
+        if self._block is None or len(x_ND) == self._block:
+            return self._product(x_ND)
+        return torch.cat([self._product(rows) for rows in x_ND.split(self._block)])
+
+    def _product(self, x_ND: torch.Tensor) -> torch.Tensor:
         if self._layout is Layout.ONEDNN:
             return torch.ops.mkldnn._linear_pointwise(x_ND, self._weight, self._bias, "none", [], "")
         if self._layout is Layout.AS_IT_IS:
@@ -57,7 +67,10 @@ class PackedLinear:
         return x_ND @ self._weight if self._bias is None else torch.addmm(self._bias, x_ND, self._weight)
 
     def rows_for(self, count: int) -> int:
-        """How many rows to compute where `count` are wanted: oneDNN compiles a kernel for every number it meets."""
+        """How many rows to compute where `count` are wanted: whole blocks, or few numbers for oneDNN, which compiles a
+        kernel for every one it meets."""
+        if self._block is not None:
+            return -(-count // self._block) * self._block
         return rounded_rows(count) if self._layout is Layout.ONEDNN else count
 
 

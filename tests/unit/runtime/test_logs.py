@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import structlog
 
 from trimtab.runtime.logs import configure_logs, get_logger
 
@@ -19,6 +20,16 @@ def test_a_traceback_names_the_line_and_shows_no_locals(log_format, capsys):
     assert "my-prompt" not in logged
     if log_format == "json":
         assert json.loads(logged)["event"] == "step failed"
+
+
+def test_what_is_below_the_level_costs_no_processing(capsys):
+    configure_logs("warning", log_format="json")
+    seen = []
+    structlog.configure(processors=[lambda logger, name, event: seen.append(event["event"]) or event["event"]])
+    for level in ("debug", "info", "warning", "error"):
+        getattr(get_logger("test"), level)(level)
+    configure_logs()
+    assert seen == ["warning", "error"]
 
 
 def answer_secretly(prompt):

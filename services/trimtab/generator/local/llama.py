@@ -7,7 +7,7 @@ selfcheck.py compares it with transformers' own forward; every other model is ru
 Suffixes: N tokens, D hidden size, B rows, H heads, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from trimtab.generator.engine import StagedPatches, StagedWeights
-from trimtab.generator.local.blocks import in_blocks, padded, whole_blocks
+from trimtab.generator.local.blocks import BLOCK, padded
 from trimtab.generator.local.live_weights import LiveWeights, overwrite, pieces
 from trimtab.generator.local.row_attention import Attend, RowAttention, Span, side_by_side
 from trimtab.generator.local.row_cache import RowCache
@@ -43,10 +43,11 @@ class LlamaRunner(LiveWeights):
         self.takes_pieces = True
         self._formula = LlamaFormula(model)
         self._deterministic = deterministic
+        self._block = BLOCK if deterministic else None
         self._coming: tuple[dict[str, torch.Tensor], Packer] | None = None
         self._retired: list[object] = []
         live = model.state_dict()
-        packer = Packer(live.get, model.config.num_hidden_layers)
+        packer = Packer(live.get, model.config.num_hidden_layers, block=self._block)
         for _ in packer.pieces():
             pass
         self._weights: LlamaWeights = packer.weights()
@@ -83,7 +84,7 @@ class LlamaRunner(LiveWeights):
         else:
             coming = {name: tensor.detach().to(live[name].dtype) for name, tensor in staged.tensors.items()}
         now = {name: tensor.detach() for name, tensor in live.items()} | coming
-        packer = Packer(now.get, len(self._weights.layers))
+        packer = Packer(now.get, len(self._weights.layers), block=self._block)
         yield from packer.pieces()
         self._coming = coming, packer
 
@@ -191,25 +192,17 @@ class LlamaRunner(LiveWeights):
         """Float32 logits of all tokens, or of those at `wanted_B`."""
         weights, formula, count = self._weights, self._formula, len(tokens_N)
         shape = formula.shape
-        behind = (0, self._rows_for(count) - count)  # computed in vain
+        rows_for = weights.layers[0].qkv.rows_for
+        behind = (0, rows_for(count) - count)  # computed in vain
         tokens_N, positions_N = np.pad(tokens_N, behind), np.pad(positions_N, behind)
         cos_N1d, sin_N1d = formula.turns(positions_N, weights.embedding_VD)
         hidden_ND = functional.embedding(torch.from_numpy(tokens_N.astype(np.int64)), weights.embedding_VD)
         for index, layer in enumerate(weights.layers):
-            qkv = self._run(lambda *rows, of=layer: formula.before(of, *rows), hidden_ND, cos_N1d, sin_N1d)[:count]
+            qkv = formula.before(layer, hidden_ND, cos_N1d, sin_N1d)[:count]
             attended_ND = attend(index, *qkv.split((shape.heads, shape.key_heads, shape.key_heads), dim=1))
             if wanted_B is not None and index == len(weights.layers) - 1:
                 attended_ND, hidden_ND, count = attended_ND[wanted_B], hidden_ND[wanted_B], len(wanted_B)
-            attended_ND, hidden_ND = (padded(rows, self._rows_for(count)) for rows in (attended_ND, hidden_ND))
-            hidden_ND = self._run(lambda *rows, of=layer: formula.after(of, *rows), attended_ND, hidden_ND)
-        return self._run(self._logits, hidden_ND)[:count].float()
-
-    def _rows_for(self, count: int) -> int:
-        return whole_blocks(count) if self._deterministic else self._weights.layers[0].qkv.rows_for(count)
-
-    def _run(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-        return in_blocks(function, *inputs) if self._deterministic else function(*inputs)
-
-    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        assert self._weights.head is not None
-        return self._weights.head(self._formula.norm(hidden_ND, self._weights.norm))
+            attended_ND, hidden_ND = (padded(rows, rows_for(count)) for rows in (attended_ND, hidden_ND))
+            hidden_ND = formula.after(layer, attended_ND, hidden_ND)
+        assert weights.head is not None
+        return weights.head(formula.norm(hidden_ND, weights.norm))[:count].float()

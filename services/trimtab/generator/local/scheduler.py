@@ -26,7 +26,7 @@ from trimtab.generator.engine import (
     StagedWeights,
     SwapMode,
 )
-from trimtab.generator.local.blocks import sample_in_blocks
+from trimtab.generator.local.blocks import sample_whole_blocks
 from trimtab.generator.local.runners import Runner, runner_of
 from trimtab.generator.local.sampler import sample
 from trimtab.generator.local.slots import Slot, SlotTable
@@ -95,7 +95,7 @@ class LocalEngine:
         deterministic: bool = False,
     ) -> None:
         self._runner: Runner = runner_of(model, max_rows=max_slots, deterministic=deterministic)
-        self._draw = sample_in_blocks if deterministic else sample
+        self._draw = sample_whole_blocks if deterministic else sample
         self._tokenizer = tokenizer
         self._version = version
         self._max_length = max_length

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trimtab.generator.local import attention
-from trimtab.generator.local.blocks import BLOCK, sample_in_blocks
+from trimtab.generator.local.blocks import BLOCK, sample_whole_blocks
 from trimtab.generator.local.llama import LlamaRunner
 from trimtab.generator.local.runner import ModelRunner
 from trimtab.generator.local.sampler import SampleRows
@@ -118,5 +118,5 @@ def _sampled(logits_BV: torch.Tensor) -> np.ndarray:
         top_ps=np.ones(count, np.float32),
         top_ks=np.zeros(count, np.int64),
     )
-    sampled = sample_in_blocks(logits_BV, rows)
+    sampled = sample_whole_blocks(logits_BV, rows)
     return np.stack((sampled.token_ids.astype(np.int32), sampled.logprobs.view(np.int32)))
