@@ -9,6 +9,11 @@ if [ -n "${TORCH_INDEX:-}" ] && grep -q '^torch[<>=]' /tmp/requirements.txt; the
   $python -m pip install -c "$pins" --index-url "$TORCH_INDEX" torch
 fi
 $python -m pip install -c "$pins" -r /tmp/requirements.txt
+# vLLM asks for these three, text models for none. Where one was built for another torch (PyPI's beside a torch for CPUs)
+# importing it fails, and transformers would import it.
+for package in torchvision torchaudio torchcodec; do
+  if $python -m pip show -q $package && ! $python -c "import $package"; then $python -m pip uninstall -y $package; fi
+done
 image/triton_driver.sh
 $python image/sbom.py > /opt/trimtab/sbom.cdx.json
 $python -m pip uninstall -y pip setuptools
