@@ -29,7 +29,7 @@ MOST_BYTES = {  # with torch for CPUs
     "model-server": 2 * GIB,
     "generator": 2 * GIB,
     "trainer": 3 * GIB,
-    "generator-vllm": 9 * GIB,  # not measured: no whole image of it was built yet
+    "generator-vllm": 7 * GIB,
 }
 AUTHORITIES = Path("/usr/local/share/ca-certificates")
 WHEELS = os.environ.get("PIP_FIND_LINKS", "")  # folders or addresses, as pip takes them
