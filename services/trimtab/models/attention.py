@@ -22,7 +22,7 @@ from trimtab.models.packing import AttentionGroup, PackedBatch
 NAME = "trimtab_packed"
 SHORT_ON_CPU = 256
 """Up to this many tokens plain matrix products beat torch's CPU flash attention, whose backward pass takes a quarter
-of a training step of a small model at 96 tokens."""
+of a training step of a small model at 96 tokens; not where `cpu.fuses_attention`."""
 
 
 def packed_attention(
@@ -66,7 +66,9 @@ def packed_attention(
 
 def _as_long(rows: torch.Tensor, count: int) -> torch.Tensor:
     """[N, H, d] → [1, count, H, d], zeros behind the packed tokens (see `policy.body_forward`)."""
-    return F.pad(rows, (0, 0, 0, 0, 0, count - len(rows))).unsqueeze(0)
+    if len(rows) < count:  # padding by nothing would copy
+        rows = F.pad(rows, (0, 0, 0, 0, 0, count - len(rows)))
+    return rows.unsqueeze(0)
 
 
 def _gather(tensor: torch.Tensor, group: AttentionGroup, first: int = 0) -> torch.Tensor:
