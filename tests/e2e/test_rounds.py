@@ -27,7 +27,7 @@ STAGES = [
     "0/publish",
     *(f"1/{s}" for s in ["sample", "rank", "reward", "ppo", "evaluate", "publish"]),
 ]
-MARGIN = 0.05  # by which a second round may fall behind the first
+MARGIN = 0.1  # by which a second round may fall behind the first; runs with other seeds spread by half of it
 
 
 def trimtab(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
@@ -222,6 +222,7 @@ def test_the_first_round_beats_sft_and_the_second_does_not_fall_behind(tmp_path)
     first, second = (journal.done(f"{number}/evaluate").metrics for number in (1, 2))
     assert first["judge_win_rate_low"] > 0.5, first
     assert first["gold_win_rate"] > 0.6, first
-    assert second["win_rate_against_previous_high"] > 0.5 - MARGIN, second
+    assert second["judge_win_rate_low"] > 0.5, second
+    assert second["gold_win_rate"] > first["gold_win_rate"] - MARGIN, (first, second)
     assert second["win_rate_against_previous"] > 0.5 - MARGIN, second
     assert (folder / "rounds.png").stat().st_size > 10_000

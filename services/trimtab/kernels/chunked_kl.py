@@ -15,8 +15,8 @@ import torch
 from trimtab.kernels.chunked_torch import (
     VANISHED,
     HeadGradients,
-    chunk_statistics,
     compute_dtype,
+    exponentials,
     logit_gradient,
     logits,
     over_temperature,
@@ -39,7 +39,7 @@ def kl_forward(
         zs = [_chunk_logits(head, rows, temperature_N, dtype)[0] for head in (policy, reference)]
         log_ps = []
         for z_CV, out in zip(zs, (policy_4N[:, rows], reference_4N[:, rows]), strict=True):
-            chunk_statistics(z_CV.clone(), targets_N[rows], out)
+            exponentials(z_CV.clone(), targets_N[rows], torch.ones_like(temperature_N[rows]), out)
             log_ps.append(z_CV.sub_((out[0] + out[1].log())[:, None]))
         kl_N[rows] = _divergence(*log_ps)
     return policy_4N, reference_4N, kl_N

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 CHUNK_BYTES = 64 << 20
+CACHED_BYTES = 1 << 20
+"""What a core's cache holds. Row by row work goes over a chunk in blocks of so much, and through memory once."""
 VANISHED = -1e3
 """e^z is 0 from here down, in float64 too; z·e^z is then 0, not NaN, for a logit that is ruled out."""
 
@@ -39,10 +41,9 @@ def head_forward(
     keep = keep and fits_one_chunk(len(targets_N), weight_VD.shape[0], dtype)
     for rows in row_chunks(len(targets_N), weight.shape[0], dtype):
         z_CV, squash_CV = logits(hidden_ND[rows].to(dtype), weight, bias, softcap)
-        z_CV.div_(temperature_N[rows, None])
-        e_CV = chunk_statistics(z_CV, targets_N[rows], out=statistics_4N[:, rows])
+        exponentials(z_CV, targets_N[rows], temperature_N[rows], out=statistics_4N[:, rows])
         if keep:
-            kept_NV = e_CV.div_(statistics_4N[1, :, None])
+            kept_NV = z_CV.div_(statistics_4N[1, :, None])
             squash_NV = squash_NV if squash_CV is None else squash_CV
     return statistics_4N, kept_NV, squash_NV
 
@@ -91,7 +92,8 @@ def logits_forward(logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature
     dtype = compute_dtype(logits_NV)
     statistics_4N = logits_NV.new_empty((4, len(targets_N)), dtype=dtype)
     for rows in row_chunks(len(targets_N), logits_NV.shape[1], dtype):
-        chunk_statistics(logits_NV[rows].to(dtype) / temperature_N[rows, None], targets_N[rows], statistics_4N[:, rows])
+        z_CV = logits_NV[rows].to(dtype, copy=True)
+        exponentials(z_CV, targets_N[rows], temperature_N[rows], out=statistics_4N[:, rows])
     return statistics_4N
 
 
@@ -124,15 +126,25 @@ class HeadGradients:
         self._dweight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs[1] else nothing[1]
         self._dbias_V = torch.zeros_like(bias_V, dtype=dtype) if needs[2] and bias_V is not None else nothing[2]
 
-    def add(self, rows: torch.Tensor | slice, x_CD: torch.Tensor, weight: torch.Tensor, dz_CV: torch.Tensor) -> None:
-        """Add what the bare logits' gradient of some rows gives; all three in the compute dtype."""
+    def add(
+        self,
+        rows: torch.Tensor | slice,
+        x_CD: torch.Tensor,
+        weight: torch.Tensor,
+        dz_CV: torch.Tensor,
+        scale_C: torch.Tensor | None = None,
+    ) -> None:
+        """Add what the bare logits' gradient of some rows gives, `dz_CV` times `scale_C`; all in the compute dtype."""
         with torch.autocast(dz_CV.device.type, enabled=False):
             if self._dhidden_ND.numel():
-                self._dhidden_ND[rows] = (dz_CV @ weight).to(self._dhidden_ND.dtype)
+                dx_CD = dz_CV @ weight
+                self._dhidden_ND[rows] = (dx_CD if scale_C is None else dx_CD.mul_(scale_C[:, None])).to(
+                    self._dhidden_ND.dtype
+                )
             if self._dweight_VD.numel():
-                self._dweight_VD.addmm_(dz_CV.T, x_CD)
+                self._dweight_VD.addmm_(dz_CV.T, x_CD if scale_C is None else x_CD * scale_C[:, None])
         if self._dbias_V.numel():
-            self._dbias_V += dz_CV.sum(0)
+            self._dbias_V += dz_CV.sum(0) if scale_C is None else scale_C @ dz_CV
 
     def finished(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of hidden states, weight and bias, in the dtypes of what they belong to."""
@@ -140,13 +152,29 @@ class HeadGradients:
         return self._dhidden_ND.to(hidden), self._dweight_VD.to(weight), self._dbias_V.to(bias)
 
 
-def chunk_statistics(z_CV: torch.Tensor, targets_C: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Write m, S, B, t of each row to `out` [4, C] and return e^(z−m); `z_CV` is used up."""
-    out[0], out[3] = shift_by_maximum(z_CV, targets_C)
-    e_CV = z_CV.exp()
-    out[1] = e_CV.sum(1)
-    out[2] = z_CV.clamp_(min=VANISHED).mul_(e_CV).sum(1)
-    return e_CV
+def exponentials(
+    z_CV: torch.Tensor,
+    targets_C: torch.Tensor,
+    temperature_C: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    entropy: bool = True,
+) -> None:
+    """Divide logits by the temperature, write m, S, B, t of each row to `out` [4, C] and leave e^(z−m) in `z_CV`.
+
+    B, which only the entropy needs, is 0 without `entropy`.
+    """
+    tempered = bool((temperature_C != 1).any())
+    size = max(1, CACHED_BYTES // (z_CV.shape[1] * z_CV.itemsize))
+    for start in range(0, len(z_CV), size):
+        rows = slice(start, start + size)
+        z_BV = z_CV[rows]
+        if tempered:
+            z_BV.div_(temperature_C[rows, None])
+        out[0, rows], out[3, rows] = shift_by_maximum(z_BV, targets_C[rows])
+        shifted_BV = z_BV.clamp(min=VANISHED) if entropy else None
+        out[1, rows] = z_BV.exp_().sum(1)
+        out[2, rows] = 0 if shifted_BV is None else shifted_BV.mul_(z_BV).sum(1)
 
 
 def shift_by_maximum(z_CV: torch.Tensor, targets_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

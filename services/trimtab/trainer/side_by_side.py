@@ -2,12 +2,15 @@
 
 A small model's step does not double its speed with the threads: between its many short ops they wait for one another.
 Policy and value model trained side by side have nothing to wait for, and a step takes a quarter less time on two cores.
+What only one of the two has to do, the LM head over a large vocabulary, would leave the other half idle: for such work
+they meet, and it gets all threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Condition
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +30,7 @@ class SideBySide:
     def __init__(self, device: str = "cpu", threads: int = 1) -> None:
         shares = [threads - threads // 2, threads // 2] if device == "cpu" and threads > 1 else []
         self._lanes = [ThreadPoolExecutor(1, "lane") for _ in shares]
+        self._meeting = _Meeting()
         for lane, share in zip(self._lanes, shares, strict=True):
             lane.submit(_take_threads, share).result()
         if shares:
@@ -46,15 +50,78 @@ class SideBySide:
         """Both results, once both have ended; raises what the first, or else the second, raised."""
         if not self._lanes:
             return first(), second()
-        left, right = self._lanes[0].submit(first), self._lanes[1].submit(second)
-        both: list[Future[Any]] = [left, right]
-        wait(both)
-        return left.result(), right.result()
+        self._meeting = _Meeting()
+        both: list[Future[Any]] = [
+            lane.submit(self._meeting.lane, function)
+            for lane, function in zip(self._lanes, (first, second), strict=True)
+        ]
+        self._meeting.host()
+        return both[0].result(), both[1].result()
+
+    def alone(self, work: Callable[[], A]) -> A:
+        """Inside `first`: what `work` returns or raises, on the threads of both while `second` waits at `make_way`.
+
+        Neither waits for the other once it has ended.
+        """
+        if not self._lanes:
+            return work()
+        grad = torch.is_grad_enabled()
+
+        def in_mode() -> A:
+            with torch.set_grad_enabled(grad):  # it is a thread's own
+                return work()
+
+        return self._meeting.attend(in_mode)
+
+    def make_way(self) -> None:
+        """Inside `second`: wait until the `alone` of `first` at this place is done."""
+        if self._lanes:
+            self._meeting.attend(None)
 
     def close(self) -> None:
         """End the threads."""
         for lane in self._lanes:
             lane.shutdown()
+
+
+class _Meeting:
+    """Where two lanes wait for each other, as often as they like, while the thread that is host works for the first."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._lanes = 2
+        self._arrived: list[tuple[Callable[[], Any] | None, Future[Any]]] = []
+
+    def lane(self, function: Callable[[], A]) -> A:
+        """What `function` returns; once it has ended nobody waits for this lane."""
+        try:
+            return function()
+        finally:
+            with self._changed:
+                self._lanes -= 1
+                self._changed.notify()
+
+    def attend(self, work: Callable[[], Any] | None) -> Any:
+        """What the host's run of `work` returned, once it and the other lane's at this meeting have ended."""
+        done: Future[Any] = Future()
+        with self._changed:
+            self._arrived.append((work, done))
+            self._changed.notify()
+        return done.result()
+
+    def host(self) -> None:
+        """Hold meetings until both lanes have ended."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._arrived) >= self._lanes)
+                arrived, self._arrived = self._arrived, []
+            if not arrived:
+                return
+            for work, done in sorted(arrived, key=lambda attendance: attendance[0] is None):
+                try:
+                    done.set_result(None if work is None else work())
+                except BaseException as error:
+                    done.set_exception(error)
 
 
 def _take_threads(count: int) -> None:

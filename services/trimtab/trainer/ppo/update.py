@@ -43,6 +43,7 @@ from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import PpoConfig
 
 Minibatch = list[Slice]
+Forward = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -202,11 +203,14 @@ class PpoUpdate:
         """Log-probs, written into `out_R`, log-sum-exps and entropies; has `exact_kl` measured on the way."""
         lse_R, entropy_R = torch.zeros_like(out_R), torch.zeros_like(out_R)
 
-        def selected(part: Slice) -> SelectedLogprobs:
-            hidden_RD = response_hidden(self.policy, part)
+        def head(part: Slice, hidden_RD: torch.Tensor) -> SelectedLogprobs:
             if exact_kl is not None:
                 exact_kl.measure(self.policy, hidden_RD, part)
             return hidden_logprobs(self.policy, hidden_RD, part, self.config.temperature)
+
+        def selected(part: Slice) -> SelectedLogprobs:
+            hidden_RD = response_hidden(self.policy, part)
+            return self.side_by_side.alone(partial(head, part, hidden_RD))
 
         for part in parts:
             columns = whole_weights(self.policy.model, partial(selected, part))
@@ -221,6 +225,7 @@ class PpoUpdate:
         if self.value_model is not None:
             for part in parts:
                 out_R[part.flat_R.cpu()] = response_values(self.value_model, part).cpu()
+                self.side_by_side.make_way()
         return out_R
 
     def _minibatch_gradients(self, minibatch: Minibatch, targets: Targets, *, move_policy: bool) -> dict[str, float]:
@@ -248,8 +253,7 @@ class PpoUpdate:
                 targets.old_R, targets.old_lse_R, targets.advantages_R, targets.weights_R
             )
 
-            def forward(part=part, fixed=(old_R, advantages_R, weights_R, lse_R)) -> tuple[torch.Tensor, ...]:
-                hidden_RD = response_hidden(self.policy, part)
+            def head(hidden_RD: torch.Tensor, part=part, fixed=(old_R, advantages_R, weights_R, lse_R)) -> Forward:
                 loss, logprobs_R, _ = hidden_ppo_loss(
                     self.policy,
                     hidden_RD,
@@ -261,6 +265,10 @@ class PpoUpdate:
                 )
                 kl_nats = loss.new_zeros(()) if penalty is None else penalty.total(self.policy, hidden_RD, part)
                 return loss, logprobs_R, kl_nats
+
+            def forward(part=part, head=head) -> Forward:
+                hidden_RD = response_hidden(self.policy, part)
+                return self.side_by_side.alone(partial(head, hidden_RD))
 
             with torch.set_grad_enabled(move_policy):
                 loss, logprobs_R, kl_nats = whole_weights(self.policy.model, forward)
@@ -289,6 +297,7 @@ class PpoUpdate:
             values_R = response_values(self.value_model, part)
             fixed = part.take(targets.old_values_R, targets.returns_R)
             loss, statistics = value_terms(values_R, *fixed, clip_range=config.value_clip_range)
+            self.side_by_side.make_way()
             (config.value_coefficient * loss / tokens).backward()
             self.value_optimizer.accumulate()
             sums["loss_value"] += float(loss.detach())
