@@ -91,11 +91,13 @@ def _head_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, .
 head_logprobs.register_autograd(_head_backward, setup_context=_head_setup)
 
 
-@torch.library.custom_op("trimtab::logits_logprobs", mutates_args=())
-def logits_logprobs(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob, lse, entropy [N] of logits that exist already."""
+def logits_logprobs_now(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob, lse, entropy [N] of logits that exist already, without autograd."""
     refuse_bad_temperature(temperature)
     return logprob_lse_entropy(backend_for(logits).logits_forward(logits, targets, temperature))
+
+
+logits_logprobs = torch.library.custom_op("trimtab::logits_logprobs", mutates_args=())(logits_logprobs_now)
 
 
 @logits_logprobs.register_fake

@@ -13,8 +13,7 @@ DRAWS = 20_000
 
 def rows(count: int, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int = 1) -> SampleRows:
     return SampleRows(
-        seeds=np.full(count, seed, np.uint64),
-        positions=np.arange(count),
+        draws=uniforms(np.full(count, seed, np.uint64), np.arange(count)),
         temperatures=np.full(count, temperature, np.float32),
         top_ps=np.full(count, top_p, np.float32),
         top_ks=np.full(count, top_k, np.int64),
@@ -88,8 +87,7 @@ def test_top_k_and_top_p_cut_the_choice_but_not_the_reported_logprob() -> None:
 def test_rows_of_different_settings_do_not_touch_each_other() -> None:
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 2
     mixed = SampleRows(
-        seeds=np.arange(4).astype(np.uint64),
-        positions=np.arange(4),
+        draws=uniforms(np.arange(4).astype(np.uint64), np.arange(4)),
         temperatures=np.array([0.0, 1.0, 0.3, 1.0], np.float32),
         top_ps=np.array([1.0, 0.5, 1.0, 1.0], np.float32),
         top_ks=np.array([0, 0, 5, 0]),

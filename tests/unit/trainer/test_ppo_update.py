@@ -96,9 +96,11 @@ def test_first_gradients_do_not_depend_on_micro_batches_or_packing_order(tiny_fo
         assert float((got - want).norm()) <= 1e-5 * float(want.norm()) + 1e-9
 
 
-def test_policy_and_value_model_side_by_side_learn_what_they_learn_one_after_the_other(tiny_folder):
+@pytest.mark.parametrize("large_head", [False, True])
+def test_policy_and_value_model_side_by_side_learn_what_they_learn_one_after_the_other(tiny_folder, large_head):
     def train(side_by_side):
         update = make_update(tiny_folder, dtype="float64")
+        update.large_head = large_head
         update.side_by_side = side_by_side
         experience = experience_of(update.policy)
         epoch = update.plan_epoch(experience)

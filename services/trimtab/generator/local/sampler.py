@@ -2,7 +2,7 @@
 
 The reported number is log_softmax(logits / temperature) over the full vocabulary in float32, whatever top-p, top-k or
 min_tokens narrowed the choice to; it is made by `kernels`, as the trainer's and the reference's are. The draw is by
-inverse CDF of one uniform number a row, so it depends on the row's own logits, seed and position only. Where the tokens
+inverse CDF of one uniform number a row, so it depends on the row's own logits and this number only. Where the tokens
 go is slots.py's matter.
 """
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from trimtab.generator.local.philox import uniforms
 from trimtab.kernels.api import selected_logprobs_from_logits
 
 
@@ -19,8 +18,7 @@ from trimtab.kernels.api import selected_logprobs_from_logits
 class SampleRows:
     """How to sample each of B rows; numpy arrays [B]."""
 
-    seeds: np.ndarray  # uint64
-    positions: np.ndarray  # int64, tokens sampled before this one
+    draws: np.ndarray  # float64 in [0, 1), philox.py's for the row's seed and the token's position
     temperatures: np.ndarray  # float32, 0 = greedy
     top_ps: np.ndarray  # float32 in (0, 1]
     top_ks: np.ndarray  # int64, 0 = off
@@ -57,8 +55,7 @@ def choose(
         if narrowed.size:
             index = torch.from_numpy(narrowed).to(device)
             weights_BV[index] = _narrow(weights_BV[index], rows.top_ps[narrowed], rows.top_ks[narrowed])
-        draws_B = torch.from_numpy(uniforms(rows.seeds, rows.positions)).to(device)
-        tokens_B = _inverse_cdf(weights_BV, draws_B)
+        tokens_B = _inverse_cdf(weights_BV, torch.from_numpy(rows.draws).to(device))
         if greedy_B.any():
             tokens_B = torch.where(torch.from_numpy(greedy_B).to(device), allowed_BV.argmax(dim=-1), tokens_B)
     logprobs_B, lse_B, _ = selected_logprobs_from_logits(logits_BV, tokens_B, temperature=divisors_B)

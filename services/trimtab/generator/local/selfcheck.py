@@ -109,11 +109,10 @@ def _decoded(
 
 
 def _sampled(logits_BV: torch.Tensor) -> np.ndarray:
-    """Token ids and the bits of their log-probs, int32 [2, B], of rows with one seed."""
+    """Token ids and the bits of their log-probs, int32 [2, B], of rows with one draw."""
     count = len(logits_BV)
     rows = SampleRows(
-        seeds=np.full(count, 7, np.uint64),
-        positions=np.full(count, 3),
+        draws=np.full(count, 0.7),
         temperatures=np.full(count, 0.7, np.float32),
         top_ps=np.ones(count, np.float32),
         top_ks=np.zeros(count, np.int64),

@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trimtab.generator.engine import FinishReason, SequenceRequest, TokenRun
+from trimtab.generator.local.philox import uniforms
 from trimtab.generator.local.sampler import Sampled, SampleRows
 from trimtab.generator.local.stop_strings import StopStrings
 from trimtab_client.versions import ModelVersion
 
 FIRST_TOKENS = 128
+DRAWS = 64
+"""Positions whose uniform numbers are drawn at once: a call takes as long for so many as for one."""
 ROW_ARRAYS = (
     *("lengths", "newest", "counts", "limits", "min_tokens", "ignores_eos", "has_stops"),
-    *("seeds", "temperatures", "top_ps", "top_ks", "tokens", "logprobs"),
+    *("seeds", "draws", "temperatures", "top_ps", "top_ks", "tokens", "logprobs"),
 )
 
 
@@ -56,6 +59,7 @@ class SlotTable:
         self.ignores_eos = np.zeros(n, bool)
         self.has_stops = np.zeros(n, bool)
         self.seeds = np.zeros(n, np.uint64)
+        self.draws = np.zeros((n, DRAWS))  # of the DRAWS positions among which the next token is
         self.temperatures = np.ones(n, np.float32)
         self.top_ps = np.ones(n, np.float32)
         self.top_ks = np.zeros(n, np.int64)
@@ -86,9 +90,13 @@ class SlotTable:
 
     def sample_rows(self, rows: slice) -> SampleRows:
         """How to sample these rows' next tokens."""
+        counts = self.counts[rows]
+        places = counts % DRAWS
+        if (due := rows.start + np.flatnonzero(places == 0)).size:
+            positions = self.counts[due, None] + np.arange(DRAWS)
+            self.draws[due] = uniforms(self.seeds[due].repeat(DRAWS), positions.ravel()).reshape(-1, DRAWS)
         return SampleRows(
-            seeds=self.seeds[rows],
-            positions=self.counts[rows],
+            draws=self.draws[np.arange(rows.start, rows.stop), places],
             temperatures=self.temperatures[rows],
             top_ps=self.top_ps[rows],
             top_ks=self.top_ks[rows],

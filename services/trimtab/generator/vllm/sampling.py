@@ -21,6 +21,7 @@ from vllm.v1.sample.logits_processor import (  # type: ignore[import-not-found]
 )
 
 from trimtab.generator.engine import Sampling
+from trimtab.generator.local.philox import uniforms
 from trimtab.generator.local.sampler import SampleRows, choose
 
 KEY = "trimtab"
@@ -99,7 +100,7 @@ class SeededChoice(LogitsProcessor):
             )
         seeds, temperatures, top_ps, top_ks = self._fixed
         positions = np.array([len(row.output_ids) for row in rows], np.int64)
-        sample_rows = SampleRows(seeds, positions, temperatures, top_ps, top_ks)
+        sample_rows = SampleRows(uniforms(seeds, positions), temperatures, top_ps, top_ks)
         tokens_B, logprobs_B = choose(logits, sample_rows, _banned(rows, logits))
         logprobs_B = torch.nan_to_num(logprobs_B, nan=BROKEN)
         return logits.fill_(-torch.inf).scatter_(1, tokens_B[:, None], logprobs_B[:, None])

@@ -6,9 +6,10 @@ The first epoch runs over the very packs that the old log-probs were computed wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -42,8 +43,11 @@ from trimtab.trainer.ppo.pretraining import Pretraining
 from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import PpoConfig
 
+T = TypeVar("T")
 Minibatch = list[Slice]
 Forward = tuple[torch.Tensor, ...]
+LARGE_HEAD = 0.2
+"""From this share of a policy's parameters on its LM head gets all threads while the value model waits."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class PpoUpdate:
         self.side_by_side = side_by_side or SideBySide()
         self.reference_head = reference_head
         self.pretraining: Pretraining | None = None
+        self.large_head = policy.head.weight_VD.numel() >= LARGE_HEAD * policy.parameter_count
 
     def plan_epoch(self, experience: Experience) -> list[Minibatch]:
         """A fresh permutation cut into minibatches, each into packed micro-batches, of which these are this rank's."""
@@ -191,6 +196,14 @@ class PpoUpdate:
             "skipped_steps": float(skipped),
         } | {name: metrics[name] for name in ("loss_kl", "loss_ptx") if name in metrics}
 
+    def _with_all_threads(self, head: Callable[[], T]) -> T:
+        """The policy's head over the part at hand; meets the value model's `_make_way` where it is large."""
+        return self.side_by_side.alone(head) if self.large_head else head()
+
+    def _make_way(self) -> None:
+        if self.large_head:
+            self.side_by_side.make_way()
+
     def _minibatch(self, experience: Experience, indices: list[int]) -> Minibatch:
         lengths = [len(experience.tokens.sequences[i]) for i in indices]
         plan = self.ranks.plan(lengths, self.config.stage.micro_batch_tokens, plan_batches)
@@ -210,7 +223,7 @@ class PpoUpdate:
 
         def selected(part: Slice) -> SelectedLogprobs:
             hidden_RD = response_hidden(self.policy, part)
-            return self.side_by_side.alone(partial(head, part, hidden_RD))
+            return self._with_all_threads(partial(head, part, hidden_RD))
 
         for part in parts:
             columns = whole_weights(self.policy.model, partial(selected, part))
@@ -225,7 +238,7 @@ class PpoUpdate:
         if self.value_model is not None:
             for part in parts:
                 out_R[part.flat_R.cpu()] = response_values(self.value_model, part).cpu()
-                self.side_by_side.make_way()
+                self._make_way()
         return out_R
 
     def _minibatch_gradients(self, minibatch: Minibatch, targets: Targets, *, move_policy: bool) -> dict[str, float]:
@@ -268,7 +281,7 @@ class PpoUpdate:
 
             def forward(part=part, head=head) -> Forward:
                 hidden_RD = response_hidden(self.policy, part)
-                return self.side_by_side.alone(partial(head, hidden_RD))
+                return self._with_all_threads(partial(head, hidden_RD))
 
             with torch.set_grad_enabled(move_policy):
                 loss, logprobs_R, kl_nats = whole_weights(self.policy.model, forward)
@@ -297,7 +310,7 @@ class PpoUpdate:
             values_R = response_values(self.value_model, part)
             fixed = part.take(targets.old_values_R, targets.returns_R)
             loss, statistics = value_terms(values_R, *fixed, clip_range=config.value_clip_range)
-            self.side_by_side.make_way()
+            self._make_way()
             (config.value_coefficient * loss / tokens).backward()
             self.value_optimizer.accumulate()
             sums["loss_value"] += float(loss.detach())
