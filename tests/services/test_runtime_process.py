@@ -185,3 +185,25 @@ def test_a_wrong_setting_is_refused_before_anything_starts(start):
     errors = room.errors.read_text()
     assert errors.count("\n") == 1
     assert errors.startswith("grace_s: ")
+
+
+def test_once_loaded_garbage_is_collected_and_what_was_loaded_is_not_looked_through():
+    script = """
+import gc
+from trimtab.runtime import server
+
+async def run_service(label, config, *, services, load):
+    await load(None)
+    print(gc.isenabled(), gc.get_freeze_count() > 10_000)
+    return 0
+
+async def load(context):
+    assert not gc.isenabled()
+    return []
+
+gc.disable()  # as `trimtab serve` does before its imports
+server.run_service = run_service
+server.serve("room", None, services=[], load=load)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["True", "True"]

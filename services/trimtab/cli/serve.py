@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from enum import StrEnum
@@ -52,4 +53,7 @@ def serve(
     if settings.threads:  # read by OpenMP when torch is first imported
         for key, value in thread_environment(settings.threads).items():
             os.environ.setdefault(key, value)
+    # Looking for garbage among a million objects that imports leave takes a quarter of a start; once all is loaded,
+    # `runtime.server.serve` switches it on again.
+    gc.disable()
     raise typer.Exit(importlib.import_module(kind.service_module).main(settings))

@@ -6,6 +6,7 @@ from its `load` coroutine; this module knows no model.
 """
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -322,8 +323,15 @@ def serve(label: str, config: ServiceConfig, *, services: Sequence[str], load: L
     Threads still in a long computation or a load cannot be stopped; the process leaves without them.
     """
 
+    async def load_for_good(context: ServerContext) -> Sequence[Service]:
+        loaded = await load(context)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no collection stops the server to look through it
+        gc.enable()
+        return loaded
+
     async def life() -> int:
-        code = await run_service(label, config, services=services, load=load)
+        code = await run_service(label, config, services=services, load=load_for_good)
         threading.Thread(target=_leave, args=(code,), name="leave", daemon=True).start()
         return code
 
