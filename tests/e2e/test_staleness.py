@@ -37,7 +37,7 @@ class BothWays(Demo):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)  # six minutes alone; three workers on two slow cores took half an hour
+@pytest.mark.timeout(3000)  # half an hour was too short beside other tests on two slow cores
 def test_staleness_one_reaches_the_judge_score_of_zero(tmp_path):
     recipes: Mapping = {
         name: stage_config(name, {"model": "-"} | read_yaml(EXAMPLES / "demo" / f"{name}.yaml"), name)

@@ -53,7 +53,7 @@ def serve(
     if settings.threads:  # read by OpenMP when torch is first imported
         for key, value in thread_environment(settings.threads).items():
             os.environ.setdefault(key, value)
-    # Looking for garbage among a million objects that imports leave takes a quarter of a start; once all is loaded,
+    # Looking for garbage among what imports leave takes up to a quarter of their time; once all is loaded,
     # `runtime.server.serve` switches it on again.
     gc.disable()
     raise typer.Exit(importlib.import_module(kind.service_module).main(settings))

@@ -6,6 +6,7 @@ import torch
 
 from trimtab.generator.local.philox import derive_seed, philox4x32, uniforms
 from trimtab.generator.local.sampler import SampleRows, sample
+from trimtab.generator.local.slots import SlotTable
 
 FULL = 0xFFFFFFFF
 DRAWS = 20_000
@@ -50,6 +51,20 @@ def test_uniforms_depend_on_seed_and_position_alone() -> None:
     assert len(set(alone)) == 4
     many = uniforms(np.arange(DRAWS).astype(np.uint64), np.zeros(DRAWS))
     assert many.min() >= 0 and many.max() < 1 and abs(many.mean() - 0.5) < 0.01
+
+
+def test_rows_draw_by_their_seed_and_position_wherever_they_move() -> None:
+    table = SlotTable(3, 5, [0])
+    table.slots = [None] * 3  # type: ignore[list-item]
+    table.seeds[:], table.counts[:] = (7, 8, 9), (0, 0, 0)
+    for step in range(150):
+        rows = slice(0, table.count)
+        expected = uniforms(table.seeds[rows], table.counts[rows])
+        assert table.sample_rows(rows).draws.tolist() == expected.tolist(), step
+        table.counts[rows] += 1
+        if step == 70:
+            table.keep([2, 1])
+    assert table.seeds[:2].tolist() == [9, 8]
 
 
 def test_derived_seeds_differ_for_every_sample() -> None:

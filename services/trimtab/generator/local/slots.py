@@ -17,7 +17,7 @@ from trimtab_client.versions import ModelVersion
 
 FIRST_TOKENS = 128
 DRAWS = 64
-"""Positions whose uniform numbers are drawn at once: a call takes as long for so many as for one."""
+"""Positions whose uniform numbers are drawn at once, so that few steps call the generator."""
 ROW_ARRAYS = (
     *("lengths", "newest", "counts", "limits", "min_tokens", "ignores_eos", "has_stops"),
     *("seeds", "draws", "temperatures", "top_ps", "top_ks", "tokens", "logprobs"),
