@@ -12,12 +12,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from prometheus_client import Gauge
 from torch.utils.tensorboard import SummaryWriter
 
+from trimtab.runtime.logs import get_logger
+
+log = get_logger(__name__)
 METRICS = "metrics.jsonl"
 METRIC = Gauge("trimtab_trainer_metric", "Newest value of a training metric.", ["run_id", "stage", "metric"])
 
@@ -93,12 +97,21 @@ class Prometheus:
 
 
 class WeightsAndBiases:
-    """A W&B run of the same id, resumed if it is there; project and the rest by W&B's own environment variables."""
+    """A W&B run of the same id, resumed if it is there; project and the rest by W&B's own environment variables.
+
+    Where W&B is away or refuses the key, the run is kept on disk, for `wandb sync` to send later.
+    """
 
     def __init__(self, folder: Path, run_id: str) -> None:
         import wandb  # pyright: ignore[reportMissingImports]  # optional: open_sinks looks whether it is there
 
-        self._run = wandb.init(id=run_id, name=run_id, dir=str(folder), resume="allow")
+        begin = partial(wandb.init, id=run_id, name=run_id, dir=str(folder))
+        try:
+            self._run = begin(resume="allow")
+        except wandb.Error as error:
+            self._run = begin(mode="offline")
+            advice = f"send it with `wandb sync {Path(self._run.dir).parent}` once W&B can be reached"
+            log.warning("the W&B run is kept offline", run_id=run_id, reason=str(error), advice=advice)
 
     def write(self, row: MetricRow) -> None:
         self._run.log({f"{row.stage}/{name}": value for name, value in row.values.items()}, step=row.step, commit=True)

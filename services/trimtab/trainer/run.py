@@ -122,14 +122,15 @@ class Run:
     def between_steps(self, publish: Callable[[], ModelVersion]) -> None:
         """Serve what was asked for meanwhile: checkpoints (by `publish`), a pause, a stop (raises StopRun)."""
         while True:
-            with self._changed:
-                pending, self._checkpoints = self._checkpoints, []
-            for request in pending:
+            if asked := self._take_checkpoints():
                 try:
-                    request.set_result((publish(),))
+                    published = (publish(),)
                 except Exception as error:
-                    request.set_exception(error)
+                    for request in asked:
+                        request.set_exception(error)
                     raise
+                for request in asked:
+                    request.set_result(published)
             with self._changed:
                 if self._stop:
                     raise StopRun
@@ -159,9 +160,7 @@ class Run:
         """End the run."""
         activity = {RunState.SUCCEEDED: "done", RunState.STOPPED: "stopped"}.get(state, "failed")
         self._update(state=state, error=error, activity=activity, finished_at=datetime.now(UTC))
-        with self._changed:
-            pending, self._checkpoints = self._checkpoints, []
-        for request in pending:
+        for request in self._take_checkpoints():
             if state is RunState.SUCCEEDED:
                 request.set_result(self.snapshot.published[-1:])
             else:
@@ -214,6 +213,12 @@ class Run:
                 self._listeners.remove(listener)
 
         return forget
+
+    def _take_checkpoints(self) -> list[Future[tuple[ModelVersion, ...]]]:
+        """What was asked for, without what nobody waits for any more; from here on none of it can be cancelled."""
+        with self._changed:
+            pending, self._checkpoints = self._checkpoints, []
+        return [request for request in pending if request.set_running_or_notify_cancel()]
 
     def _tell_activity(self) -> None:
         with self._changed:
