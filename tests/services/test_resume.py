@@ -20,6 +20,8 @@ from tests.services.test_trainer import (
 from trimtab.runtime.server import RunningServer
 from trimtab.trainer import service
 from trimtab.trainer.config import TrainerConfig
+from trimtab.trainer.optimizer import learning_rate
+from trimtab.trainer.ppo import loop
 from trimtab.weights.store import open_store
 from trimtab_client import AlreadyExists, AsyncTrainerClient, FailedPrecondition, InvalidArgument, NotFound
 from trimtab_client.v1 import trainer_pb2
@@ -221,3 +223,34 @@ async def test_a_stopped_ppo_run_goes_on_without_counting_a_step_twice(make_tiny
     assert sorted({step for step, _ in samples}) == list(range(1, 10)) and len(set(samples)) == len(samples)
     assert [step for step, _ in samples] == sorted(step for step, _ in samples)
     assert max(row.values["staleness_mean"] for row in metrics) <= staleness
+
+
+@pytest.mark.parametrize(("staleness", "left_of_journal"), [(0, 1.0), (3, 0.7)])
+async def test_a_replay_with_other_last_bits_keeps_what_was_published_though_it_is_pruned(
+    make_tiny, tmp_path, monkeypatch, staleness, left_of_journal
+):
+    """Killed before its first checkpoint it trains all steps again, and samples anew what the journal lacks."""
+    model, reward_model = make_tiny("policy"), make_tiny("reward", seed=3)
+    runs, killed = tmp_path / "runs", tmp_path / "killed"
+    async with serving_all(model, tmp_path, reward_model) as (_, addresses):
+        settings = {"value_model": str(reward_model), "steps": 9, "max_staleness": staleness}
+        config = ppo_config(model, tmp_path, addresses, addresses[2], **settings)
+        async with serving_trainer(tmp_path, keep_versions=1) as client:
+            await client.start("run", config)
+            await reached(client, lambda status: status.step >= 3)
+            await client.pause("run")
+            before = await reached(client, lambda status: status.state == "paused")
+            shutil.copytree(runs, killed)
+            await client.stop("run")
+            await finished(client, "run")
+        shutil.rmtree(runs)
+        killed.rename(runs)
+        journal = runs / "run" / "state" / "journal"
+        journal.write_bytes(journal.read_bytes()[: int(journal.stat().st_size * left_of_journal)])
+        monkeypatch.setattr(loop, "learning_rate", lambda *of: learning_rate(*of) * (1 + 1e-6))  # another device
+        async with serving_trainer(tmp_path, keep_versions=1) as client:
+            await client.start("run", config)
+            status, metrics = await finished(client, "run")
+    assert status.state == "succeeded", status.error
+    assert [row.step for row in metrics] == list(range(1, 10))
+    assert set(before.published[-1:]) <= set(status.published)

@@ -23,7 +23,10 @@ class TrainerConfig(ServiceConfig):
     folder: Path = Field(default=Path("runs"), description="Metrics and reports of each run go to FOLDER/RUN_ID.")
 
     keep_versions: int = Field(
-        default=5, ge=1, description="Newest versions of a run that are kept, beside the current and pinned ones."
+        default=5,
+        ge=1,
+        description="Newest versions of a run that are kept, beside the current and pinned ones; "
+        "PPO keeps at least max_staleness + 2.",
     )
 
     lease_ttl_s: float = Field(

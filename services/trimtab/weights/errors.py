@@ -7,6 +7,8 @@ StoreUnavailableError to UNAVAILABLE and the rest to INVALID_ARGUMENT.
 
 from datetime import datetime
 
+from trimtab_client import ModelVersion
+
 
 class StoreError(Exception):
     """Base of all errors of the store; its message is one line that says what to do."""
@@ -21,7 +23,14 @@ class VersionNotFoundError(StoreError, LookupError):
 
 
 class VersionConflictError(StoreError):
-    """The step holds, or would hold, other content than the one asked for."""
+    """The step holds, or would hold, other content than the one asked for.
+
+    ``known`` is the version that the step stands for, where that is what is in the way; its files may be pruned.
+    """
+
+    def __init__(self, message: str, known: ModelVersion | None = None) -> None:
+        super().__init__(message)
+        self.known = known
 
 
 class StepOrderError(VersionConflictError):

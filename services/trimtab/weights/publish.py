@@ -170,7 +170,8 @@ def _known(catalog: Catalog, manifest: Manifest, publication: Publication) -> Ma
             return None
         raise VersionConflictError(
             f"{model}@{step} was published with digest {known.version.digest}, not {manifest.version.digest}: "
-            "a step keeps its content; publish at a later step or under another run id"
+            "a step keeps its content; publish at a later step or under another run id",
+            known.version,
         )
     if present is not None and publication.set_current:
         pointer = catalog.pointer(model)

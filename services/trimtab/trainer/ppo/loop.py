@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from trimtab.runtime import tracing
@@ -35,10 +35,14 @@ from trimtab_client import ModelInfo, ModelVersion
 log = get_logger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 3
+SPARE_VERSIONS = 2
+"""A run that is replayed asks for the batch in flight from the version of the first time, which must still be there: it is
+`max_staleness` steps before the newest, or one more if the kill came between publishing and asking."""
 
 
 def run_ppo(config: PpoConfig, context: StageContext) -> None:
     """Run the stage to its end, from where it was cut off; raises what stops it."""
+    context = replace(context, keep_versions=max(context.keep_versions, config.max_staleness + SPARE_VERSIONS))
     context.run.doing("loading the policy, the value model and the prompts")
     ranks = context.ranks
     with (
@@ -211,13 +215,12 @@ class _Steps:
             return context.publish(
                 self.state.policy, name, step, lineage=lineage, metrics=metrics, base=self.state.base
             )
-        except VersionConflictError:
-            if not 0 < step <= self.replayed_to:
+        except VersionConflictError as conflict:
+            if conflict.known is None or not 0 < step <= self.replayed_to:
                 raise
-            version = context.store.get(context.run.snapshot.run_id, name, step).version
-            log.warning("trained again with other last bits; what was published stays", version=str(version))
-            context.run.published(version)
-            return version
+            log.warning("trained again with other last bits; what was published stays", version=str(conflict.known))
+            context.run.published(conflict.known)
+            return conflict.known
 
     def _count_skips(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
         """Stop after three steps in a row in which a non-finite loss or gradient kept the weights from moving."""
