@@ -21,6 +21,7 @@ from trimtab.generator.config import GeneratorConfig
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.reference.config import ReferenceConfig
 from trimtab.reward.config import RewardConfig
+from trimtab.rounds.launchers.services import free_ports
 from trimtab.runtime.server import RunningServer
 from trimtab.trainer.config import TrainerConfig
 from trimtab.weights.store import open_store
@@ -400,3 +401,43 @@ async def test_a_model_in_half_precision_is_published_as_what_changed(make_tiny,
     assert [manifest.kind for manifest in versions[:4]] == ["full", "delta", "delta", "full"]
     assert versions[1].size_bytes < 0.3 * versions[0].size_bytes
     assert AutoModelForCausalLM.from_pretrained(store.fetch(versions[2], tmp_path / "cold")).dtype == torch.bfloat16
+
+
+def normalized_by_generator(model: Path, tmp_path: Path, port: int) -> trainer_pb2.RewardModelConfig:
+    prompts = [{"prompt": f"{a} {b}"} for a in WORDS[:6] for b in WORDS[:4]]
+    config = trainer_pb2.RewardModelConfig(
+        data=rankings(tmp_path, 24),
+        batch_prompts=8,
+        normalization_data=write_rows(tmp_path / "prompts.jsonl", prompts),
+        generator_address=f"127.0.0.1:{port}",
+        normalization_max_tokens=8,
+    )
+    config.stage.model = str(model)
+    return config
+
+
+async def test_a_reward_model_waits_for_the_generator_of_its_reference_samples(make_tiny, tmp_path):
+    model, port = make_tiny("policy"), free_ports(1)[0]
+    async with serving_trainer(tmp_path) as client:
+        await client.start("run", normalized_by_generator(model, tmp_path, port))
+        waiting = await reached(client, lambda status: "waiting for" in status.activity)
+        assert f"waiting for the generator at 127.0.0.1:{port}, 600 s at most" in waiting.activity
+        generator = GeneratorConfig(**{**COMMON, "port": port}, model=str(model), store=str(tmp_path / "store"))
+        async with RunningServer(
+            generator_service.LABEL, generator, services=generator_service.SERVICES, load=generator_service.load
+        ):
+            status, metrics = await finished(client, "run")
+    assert status.state == "succeeded", status.error
+    assert [row.step for row in metrics] == [1, 2, 3]
+    store = open_store(str(tmp_path / "store"))
+    assert store.current("run", "reward").metrics["score_std"] > 0
+
+
+async def test_a_reward_model_whose_generator_never_comes_says_so_and_can_go_on(make_tiny, tmp_path):
+    config = normalized_by_generator(make_tiny("policy"), tmp_path, free_ports(1)[0])
+    config.service_timeout_s = 0.3
+    async with serving_trainer(tmp_path) as client:
+        await client.start("run", config)
+        status, _ = await finished(client, "run")
+    assert status.state == "failed"
+    assert "the generator at" in status.error and "did not answer within 0.3 s" in status.error

@@ -20,14 +20,11 @@ from trimtab.models.scalar_head import ScalarModel
 from trimtab.trainer.context import StageContext
 from trimtab.trainer.data import (
     TokenizedRanking,
-    load_demonstrations,
-    load_prompts,
     load_rankings,
-    tokenize_demonstrations,
-    tokenize_prompts,
     tokenize_rankings,
 )
 from trimtab.trainer.epochs import EpochOrder
+from trimtab.trainer.normalization import normalization_sequences
 from trimtab.trainer.optimizer import learning_rate
 from trimtab.trainer.ranks import ALONE, Ranks
 from trimtab.trainer.reward_loss import accumulate_pair_loss
@@ -37,7 +34,7 @@ from trimtab.trainer.sft import load_policy, make_optimizer, tell_what_was_cut
 from trimtab.trainer.side_by_side import SideBySide
 from trimtab.trainer.stages import RewardModelConfig
 from trimtab.trainer.state import TrainingState, restore_trained, trained_tensors
-from trimtab_client import ChannelOptions, GeneratorClient, ModelVersion, Sampling
+from trimtab_client import ModelVersion
 
 
 def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
@@ -80,15 +77,16 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
                 context.run.doing("evaluating on held-out rankings")
                 held_out = score_held_out(model, validation, stage.micro_batch_tokens, ranks)
                 metrics["validation_pair_accuracy"] = make_report(held_out).accuracy.share
-            writer.write(step, order.total_steps, metrics)
             if not np.isfinite(loss):
+                writer.write(step, order.total_steps, metrics)
                 raise RunFailedError(f"step {step}: the loss is {loss}; lower learning_rate or check the data")
             if step < order.total_steps:
+                writer.write(step, order.total_steps, metrics)
                 take, announce = partial(state, step, loss), partial(publish, step, {"loss": loss})
                 context.between_steps(step, stage.checkpoint_every_steps, take, announce)
         final = {"loss": loss}
+        sequences = ranks.told(lambda: normalization_sequences(config, model, train, context))
         context.run.doing("measuring the score's mean and deviation")
-        sequences = ranks.told(lambda: normalization_sequences(config, model, train, context.services))
         scores_B = score_sequences(model, sequences, stage.micro_batch_tokens, ranks)
         model.set_normalization(float(scores_B.mean()), max(float(scores_B.std()), 1e-6))
         if validation:
@@ -100,7 +98,7 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
             if ranks.leads:
                 write_report(report, held_out, context.folder, mean=model.mean, std=model.std)
             final |= accuracy_metrics(report)
-            writer.write(step, order.total_steps, final)
+        writer.write(step, order.total_steps, metrics | final)  # the last step's row, with what the whole run came to
         context.run.doing("publishing the reward model")
         publish(order.total_steps, final | {"score_mean": model.mean, "score_std": model.std})
 
@@ -144,28 +142,6 @@ def _load(
     sequences = (sequence.token_ids_T for ranking in train for sequence in ranking.sequences)
     context.state.check_data("data", itertools.chain(sequences, (ranking.ranks_K for ranking in train)))
     return model, train, validation
-
-
-def normalization_sequences(
-    config: RewardModelConfig, model: ScalarModel, train: Sequence[TokenizedRanking], services: ChannelOptions
-) -> list[np.ndarray]:
-    """The reference samples: the generator's answers, demonstrations, or the rankings' responses."""
-    if not config.normalization_data:
-        return [sequence.token_ids_T for ranking in train for sequence in ranking.sequences]
-    elif config.generator_address:
-        prompts = tokenize_prompts(load_prompts(config.normalization_data), model.tokenizer, model.max_length - 1)
-        sampling = Sampling(max_tokens=config.normalization_max_tokens, seed=config.stage.seed)
-        with GeneratorClient(config.generator_address, services) as generator:
-            if generator.get_model().tokenizer_digest != model.tokenizer_digest:
-                raise RunFailedError("generator_address: its tokenizer is not the reward model's")
-            completions = list(generator.generate([p.tolist() for p in prompts], sampling=sampling))
-        completions.sort(key=lambda completion: completion.prompt_index)
-        return [np.concatenate([c.prompt_token_ids, c.token_ids]) for c in completions]
-    else:
-        eos = model.eos_token_ids[0] if model.eos_token_ids else None
-        rows = load_demonstrations(config.normalization_data)
-        tokenized = tokenize_demonstrations(rows, model.tokenizer, model.max_length, eos_token_id=eos)
-        return [row.token_ids_T for row in tokenized]
 
 
 @torch.no_grad()

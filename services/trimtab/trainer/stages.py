@@ -111,7 +111,11 @@ class SftConfig(_Config):
 
 
 class RewardModelConfig(_Config):
-    """A reward model from rankings."""
+    """A reward model from rankings.
+
+    Attributes:
+        service_timeout_s: how long the generator of the normalization's responses is waited for without progress.
+    """
 
     stage: StageConfig
     data: Annotated[str, Field(min_length=1)]
@@ -122,6 +126,7 @@ class RewardModelConfig(_Config):
     normalization_data: str = ""
     generator_address: str = ""
     normalization_max_tokens: Count = 128
+    service_timeout_s: Positive = 600.0
 
 
 def _adapters_only_with_lora(publish: Publish, others: ValidationInfo) -> Publish:

@@ -330,6 +330,7 @@ class RewardModelConfig(_message.Message):
     NORMALIZATION_DATA_FIELD_NUMBER: _builtins.int
     GENERATOR_ADDRESS_FIELD_NUMBER: _builtins.int
     NORMALIZATION_MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    SERVICE_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     data: _builtins.str
     validation_data: _builtins.str
     epochs: _builtins.int
@@ -343,6 +344,8 @@ class RewardModelConfig(_message.Message):
     generator_address: _builtins.str
     """With prompts only in normalization_data, responses come from this generator."""
     normalization_max_tokens: _builtins.int
+    service_timeout_s: _builtins.float
+    """How long the generator is waited for without progress, in seconds."""
     @_builtins.property
     def stage(self) -> Global___StageConfig: ...
     def __init__(
@@ -357,10 +360,11 @@ class RewardModelConfig(_message.Message):
         normalization_data: _builtins.str | None = ...,
         generator_address: _builtins.str | None = ...,
         normalization_max_tokens: _builtins.int | None = ...,
+        service_timeout_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_prompts", b"_batch_prompts", "_data", b"_data", "_epochs", b"_epochs", "_evaluate_every_steps", b"_evaluate_every_steps", "_generator_address", b"_generator_address", "_normalization_data", b"_normalization_data", "_normalization_max_tokens", b"_normalization_max_tokens", "_validation_data", b"_validation_data", "batch_prompts", b"batch_prompts", "data", b"data", "epochs", b"epochs", "evaluate_every_steps", b"evaluate_every_steps", "generator_address", b"generator_address", "normalization_data", b"normalization_data", "normalization_max_tokens", b"normalization_max_tokens", "stage", b"stage", "validation_data", b"validation_data"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_prompts", b"_batch_prompts", "_data", b"_data", "_epochs", b"_epochs", "_evaluate_every_steps", b"_evaluate_every_steps", "_generator_address", b"_generator_address", "_normalization_data", b"_normalization_data", "_normalization_max_tokens", b"_normalization_max_tokens", "_service_timeout_s", b"_service_timeout_s", "_validation_data", b"_validation_data", "batch_prompts", b"batch_prompts", "data", b"data", "epochs", b"epochs", "evaluate_every_steps", b"evaluate_every_steps", "generator_address", b"generator_address", "normalization_data", b"normalization_data", "normalization_max_tokens", b"normalization_max_tokens", "service_timeout_s", b"service_timeout_s", "stage", b"stage", "validation_data", b"validation_data"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_prompts", b"_batch_prompts", "_data", b"_data", "_epochs", b"_epochs", "_evaluate_every_steps", b"_evaluate_every_steps", "_generator_address", b"_generator_address", "_normalization_data", b"_normalization_data", "_normalization_max_tokens", b"_normalization_max_tokens", "_validation_data", b"_validation_data", "batch_prompts", b"batch_prompts", "data", b"data", "epochs", b"epochs", "evaluate_every_steps", b"evaluate_every_steps", "generator_address", b"generator_address", "normalization_data", b"normalization_data", "normalization_max_tokens", b"normalization_max_tokens", "stage", b"stage", "validation_data", b"validation_data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_prompts", b"_batch_prompts", "_data", b"_data", "_epochs", b"_epochs", "_evaluate_every_steps", b"_evaluate_every_steps", "_generator_address", b"_generator_address", "_normalization_data", b"_normalization_data", "_normalization_max_tokens", b"_normalization_max_tokens", "_service_timeout_s", b"_service_timeout_s", "_validation_data", b"_validation_data", "batch_prompts", b"batch_prompts", "data", b"data", "epochs", b"epochs", "evaluate_every_steps", b"evaluate_every_steps", "generator_address", b"generator_address", "normalization_data", b"normalization_data", "normalization_max_tokens", b"normalization_max_tokens", "service_timeout_s", b"service_timeout_s", "stage", b"stage", "validation_data", b"validation_data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_prompts: _TypeAlias = _typing.Literal["batch_prompts"]  # noqa: Y015
     _WhichOneofArgType__batch_prompts: _TypeAlias = _typing.Literal["_batch_prompts", b"_batch_prompts"]  # noqa: Y015
@@ -376,6 +380,8 @@ class RewardModelConfig(_message.Message):
     _WhichOneofArgType__normalization_data: _TypeAlias = _typing.Literal["_normalization_data", b"_normalization_data"]  # noqa: Y015
     _WhichOneofReturnType__normalization_max_tokens: _TypeAlias = _typing.Literal["normalization_max_tokens"]  # noqa: Y015
     _WhichOneofArgType__normalization_max_tokens: _TypeAlias = _typing.Literal["_normalization_max_tokens", b"_normalization_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__service_timeout_s: _TypeAlias = _typing.Literal["service_timeout_s"]  # noqa: Y015
+    _WhichOneofArgType__service_timeout_s: _TypeAlias = _typing.Literal["_service_timeout_s", b"_service_timeout_s"]  # noqa: Y015
     _WhichOneofReturnType__validation_data: _TypeAlias = _typing.Literal["validation_data"]  # noqa: Y015
     _WhichOneofArgType__validation_data: _TypeAlias = _typing.Literal["_validation_data", b"_validation_data"]  # noqa: Y015
     @_typing.overload
@@ -392,6 +398,8 @@ class RewardModelConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__normalization_data) -> _WhichOneofReturnType__normalization_data | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__normalization_max_tokens) -> _WhichOneofReturnType__normalization_max_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__service_timeout_s) -> _WhichOneofReturnType__service_timeout_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_data) -> _WhichOneofReturnType__validation_data | None: ...
 
