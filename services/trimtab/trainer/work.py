@@ -64,8 +64,14 @@ def lead(task: Task, context: StageContext) -> None:
     context.ranks.told(lambda: task)
     try:
         STAGES[task.kind](task.stage, context)
-    finally:
-        context.ranks.meet()
+    except Exception as failure:
+        try:
+            context.ranks.meet()
+        except RanksApartError:  # it failed here alone: nobody else will say why
+            log.error("run failed", run_id=task.run_id, rank=context.ranks.rank, exc_info=failure)
+            raise
+        raise
+    context.ranks.meet()
 
 
 def follow(config: TrainerConfig, ranks: Ranks) -> int:

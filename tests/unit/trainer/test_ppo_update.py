@@ -192,12 +192,26 @@ def test_no_eos_score_replaces_the_score(tiny_folder):
 def test_a_non_finite_loss_moves_nothing_and_is_counted(tiny_folder):
     update = make_update(tiny_folder)
     experience = experience_of(update.policy)
-    experience.reference_R[3] = float("nan")
+    experience.reference_R[3] = float("nan")  # its advantages are whitened over the batch: nothing is finite
     before = copy.deepcopy(update.policy.model.state_dict())
     epoch = update.plan_epoch(experience)
     metrics = update.optimize(experience, epoch, update.fix_targets(experience, epoch, 0.02), 1e-3, 1e-3)
     assert metrics["skipped_steps"] == 2
     assert all(torch.equal(before[k], v) for k, v in update.policy.model.state_dict().items())
+
+
+def test_the_samples_of_a_skipped_minibatch_are_named(tiny_folder):
+    update = make_update(tiny_folder)
+    experience = experience_of(update.policy)
+    epoch = update.plan_epoch(experience)
+    targets = update.fix_targets(experience, epoch, 0.02)
+    assert update.optimize(experience, epoch, targets, 0.0, 0.0)["skipped_steps"] == 0 and not update.skipped_samples
+    bad = 1
+    start = int(experience.lengths_B[:bad].sum())
+    targets.returns_R[start] = float("nan")
+    metrics = update.optimize(experience, epoch, targets, 0.0, 0.0)
+    assert 0 < metrics["skipped_steps"] < metrics["skipped_steps"] + metrics["optimizer_steps"]
+    assert bad in update.skipped_samples and len(update.skipped_samples) < len(experience.lengths_B)
 
 
 def test_value_warm_up_leaves_the_policy_alone(tiny_folder):

@@ -35,6 +35,7 @@ from trimtab_client import ModelInfo, ModelVersion
 log = get_logger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 3
+SHOWN_SAMPLES = 8
 SPARE_VERSIONS = 2
 """A run that is replayed asks for the batch in flight from the version of the first time, which must still be there: it is
 `max_staleness` steps before the newest, or one more if the kill came between publishing and asking."""
@@ -223,12 +224,22 @@ class _Steps:
             return conflict.known
 
     def _count_skips(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
-        """Stop after three steps in a row in which a non-finite loss or gradient kept the weights from moving."""
+        """Log the samples of skipped minibatches; stop after three steps in a row with such, as no weights move."""
         state = self.state
-        state.skipped_in_a_row = state.skipped_in_a_row + 1 if metrics["skipped_steps"] else 0
+        if not metrics["skipped_steps"]:
+            state.skipped_in_a_row = 0
+            return
+        state.skipped_in_a_row += 1
+        skipped = state.update.skipped_samples
+        log.warning(
+            "a loss or gradient was not finite, its minibatches were skipped",
+            step=state.step,
+            minibatches=int(metrics["skipped_steps"]),
+            samples=skipped,
+            seeds=[episodes[index].completion.seed for index in skipped],
+        )
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            seeds = ", ".join(str(episode.completion.seed) for episode in episodes[:4])
             raise RunFailedError(
                 f"non-finite loss or gradient in {MAX_SKIPPED_IN_A_ROW} steps in a row; lower the learning rate "
-                f"(the newest samples have seeds {seeds}, …)"
+                f"(in step {state.step} with samples {', '.join(map(str, skipped[:SHOWN_SAMPLES]))}, …; the log has all)"
             )

@@ -77,7 +77,8 @@ class PpoUpdate:
     Every rank has the whole experience and plans the same epochs; its minibatches hold its own share of each one.
 
     `side_by_side` runs the two models' work; by default one after the other. `reference_head` is what exact KL needs,
-    `pretraining` what PPO-ptx does.
+    `pretraining` what PPO-ptx does. `skipped_samples` are the indices of this rank's samples in the minibatches that the
+    last `optimize` skipped.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class PpoUpdate:
         self.side_by_side = side_by_side or SideBySide()
         self.reference_head = reference_head
         self.pretraining: Pretraining | None = None
+        self.skipped_samples: list[int] = []
         self.large_head = policy.head.weight_VD.numel() >= LARGE_HEAD * policy.parameter_count
 
     def plan_epoch(self, experience: Experience) -> list[Minibatch]:
@@ -159,7 +161,8 @@ class PpoUpdate:
         `move_policy` is off while the value model warms up.
         """
         totals: dict[str, float] = {}
-        ratio_max, steps, skipped, first_kl = 0.0, 0, 0, None
+        ratio_max, steps, first_kl = 0.0, 0, None
+        skipped: list[Minibatch] = []
         policy_norms: list[float] = []
         value_norms: list[float] = []
         for number in range(self.config.inner_epochs):
@@ -171,7 +174,8 @@ class PpoUpdate:
                 policy_norm, value_norm = self._step(sums, policy_rate if move_policy else None, value_rate)
                 policy_norms.append(policy_norm)
                 value_norms.append(value_norm)
-                skipped += not (math.isfinite(policy_norm) and math.isfinite(value_norm))
+                if not (math.isfinite(policy_norm) and math.isfinite(value_norm)):
+                    skipped.append(minibatch)
                 steps += 1
                 ratio_max = max(ratio_max, sums.pop("ratio_max"))
                 epoch_kl += sums["approx_kl"] / sums["tokens"] / len(epoch)
@@ -179,6 +183,7 @@ class PpoUpdate:
                     totals[name] = totals.get(name, 0.0) + value
             if self.config.target_approx_kl is not None and epoch_kl > self.config.target_approx_kl:
                 break
+        self.skipped_samples = _samples_of(skipped, experience)
         tokens = totals.pop("tokens")
         metrics = {name: value / tokens for name, value in totals.items()}
         return {
@@ -192,8 +197,8 @@ class PpoUpdate:
             "clip_fraction_value": metrics["clipped_value"],
             "grad_norm_policy": _finite_mean(policy_norms),
             "grad_norm_value": _finite_mean(value_norms),
-            "optimizer_steps": float(steps - skipped),
-            "skipped_steps": float(skipped),
+            "optimizer_steps": float(steps - len(skipped)),
+            "skipped_steps": float(len(skipped)),
         } | {name: metrics[name] for name in ("loss_kl", "loss_ptx") if name in metrics}
 
     def _with_all_threads(self, head: Callable[[], T]) -> T:
@@ -332,6 +337,13 @@ class PpoUpdate:
             lambda: 0.0 if policy_rate is None else policy.step(policy_rate),
             lambda: 0.0 if value is None else value.step(value_rate),
         )
+
+
+def _samples_of(minibatches: Sequence[Minibatch], experience: Experience) -> list[int]:
+    """Whose tokens these minibatches hold, by index in the batch."""
+    ends_B = experience.lengths_B.cumsum(0)
+    found = [torch.searchsorted(ends_B, part.flat_R.cpu(), right=True) for batch in minibatches for part in batch]
+    return torch.cat(found).unique().tolist() if found else []
 
 
 def _finite_mean(values: Sequence[float]) -> float:
