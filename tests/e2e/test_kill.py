@@ -60,7 +60,9 @@ def place(tmp_path_factory) -> Iterator[Site]:
 def calm(place) -> tuple[trainer_pb2.PpoConfig, dict[str, str], list[dict]]:
     """The config, the final digests and the metrics of a run that nobody killed."""
     prompts = write_rows(place.folder / "prompts.jsonl", [{"prompt": text} for text in sentences(20, 0)])
+    texts = write_rows(place.folder / "texts.jsonl", [{"text": text} for text in sentences(24, 1)])
     config = ppo_config(place, prompts, value_model=str(place.folder / "reward-model"), steps=STEPS)
+    config.ptx_data, config.ptx_coefficient, config.ptx_batch_size = str(texts), 0.5, 2
     config.stage.model = str(MODEL)
     heard: list[str] = []
     status, _ = run_to_its_end(place, "calm", config, heard=heard.append)

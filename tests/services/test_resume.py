@@ -225,7 +225,7 @@ async def test_a_stopped_ppo_run_goes_on_without_counting_a_step_twice(make_tiny
     assert max(row.values["staleness_mean"] for row in metrics) <= staleness
 
 
-@pytest.mark.parametrize(("staleness", "left_of_journal"), [(0, 1.0), (3, 0.7)])
+@pytest.mark.parametrize(("staleness", "left_of_journal"), [pytest.param(0, 1.0, marks=pytest.mark.slow), (3, 0.7)])
 async def test_a_replay_with_other_last_bits_keeps_what_was_published_though_it_is_pruned(
     make_tiny, tmp_path, monkeypatch, staleness, left_of_journal
 ):

@@ -109,6 +109,7 @@ class WeightsAndBiases:
         try:
             self._run = begin(resume="allow")
         except wandb.Error as error:
+            wandb.teardown()  # its process still holds the run's id
             self._run = begin(mode="offline")
             advice = f"send it with `wandb sync {Path(self._run.dir).parent}` once W&B can be reached"
             log.warning("the W&B run is kept offline", run_id=run_id, reason=str(error), advice=advice)
