@@ -5,8 +5,9 @@ The policies have tied embeddings, which vLLM reloads only in part by itself.
 
 import asyncio
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     yield from running(folders)
 
 
-def running(folders: dict[int, Path]) -> Iterator[Lab]:
+def running(folders: dict[int, Path], on_failure: Callable[[str], object] = pytest.fail) -> Iterator[Lab]:
     config = GeneratorConfig(**settings_of(folders[0], max_slots=SLOTS))
-    engine = start_engine(config, load_policy(config, None), MAX_LENGTH, pytest.fail)
+    engine = start_engine(config, load_policy(config, None), MAX_LENGTH, on_failure)
     try:
         yield Lab(engine, folders)
     finally:
@@ -189,6 +190,24 @@ def test_a_version_made_ready_beside_the_served_one_is_not_read_again(lab: Lab, 
     back = lab.swap(served.step, SwapMode.KEEP)  # what refuses a later version loads this one's folder again
     lab.drive(back)
     assert back.result().step == served.step
+
+
+def test_an_engine_that_cannot_go_back_ends_and_samples_no_more(tmp_path: Path) -> None:
+    """What it computes with is known no more: the folder of the version before is gone when it is needed."""
+    served = save_policy(tmp_path / "served", 0, llama(tied=True))
+    half = save_step(served, tmp_path / "half", skip="embed_tokens")
+    folders = {0: served, 7: save_step(served, tmp_path / "trained", skip="")}
+    ended: list[str] = []
+    with contextmanager(running)(folders, ended.append) as lab:
+        lab.engine.submit(lab.requests(SLOTS + 2))
+        shutil.rmtree(served)
+        refused = lab.swap(7, SwapMode.KEEP, half)
+        outcomes = lab.drive(refused)
+        with pytest.raises(RuntimeError, match="ends"):
+            refused.result()
+        outcomes += lab.drive()
+    lost = [outcome for outcome in outcomes if isinstance(outcome, FailedSequence)]
+    assert lost and {outcome.reason for outcome in lost} == {FailureReason.LOST} and ended
 
 
 def save_step(source: Path, folder: Path, *, skip: str) -> Path:

@@ -91,7 +91,10 @@ class Weights:
             self.pause_s = time.monotonic() - started_s
             difference = self._probe.check(expected, await self._measure())
         except Exception as error:
-            await self._put_back()
+            try:
+                await self._put_back()
+            except Exception as failure:
+                raise RuntimeError(f"{self.version} could not be loaded again ({failure}) after: {error}") from failure
             raise ValueError(f"vLLM did not take it, {self.version} serves on: {error}") from error
         self.version, self.label, self._folder = staged.version, label, str(Path(staged.folder or ""))
         self._adopt(staged)
