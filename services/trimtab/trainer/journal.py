@@ -111,9 +111,9 @@ def _scan(file: BinaryIO, path: Path) -> tuple[dict[tuple[int, int], tuple[int, 
             if _MARK not in file.read():
                 break  # nothing was written behind it: a write that was cut off
             raise CorruptJournalError(
-                f"{path}: the record at byte {position} is damaged; restore the file. Without it, removed, a run in exact "
-                "mode goes on from the last checkpoint; others sample steps anew that are published already, which is "
-                "refused: give those another run id"
+                f"{path}: the record at byte {position} is damaged; restore the file. With it removed a run in exact "
+                "mode goes on from the last checkpoint; any other would sample steps anew that are published already, "
+                "which is refused: give it another run id"
             )
         where[step, index] = (position + _HEADER.size, size_bytes)
         position = end

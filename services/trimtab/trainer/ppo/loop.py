@@ -37,8 +37,8 @@ log = get_logger(__name__)
 MAX_SKIPPED_IN_A_ROW = 3
 SHOWN_SAMPLES = 8
 SPARE_VERSIONS = 2
-"""A run that is replayed asks for the batch in flight from the version of the first time, which must still be there: it is
-`max_staleness` steps before the newest, or one more if the kill came between publishing and asking."""
+"""A replay asks for the batch in flight from the version of the first time, which must still be there: `max_staleness`
+steps before the newest, or one more if the kill came between publishing and asking."""
 
 
 def run_ppo(config: PpoConfig, context: StageContext) -> None:
@@ -241,5 +241,5 @@ class _Steps:
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RunFailedError(
                 f"non-finite loss or gradient in {MAX_SKIPPED_IN_A_ROW} steps in a row; lower the learning rate "
-                f"(in step {state.step} with samples {', '.join(map(str, skipped[:SHOWN_SAMPLES]))}, …; the log has all)"
+                f"(in step {state.step} with samples {', '.join(map(str, skipped[:SHOWN_SAMPLES]))}, …; all are logged)"
             )

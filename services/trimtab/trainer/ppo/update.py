@@ -77,8 +77,8 @@ class PpoUpdate:
     Every rank has the whole experience and plans the same epochs; its minibatches hold its own share of each one.
 
     `side_by_side` runs the two models' work; by default one after the other. `reference_head` is what exact KL needs,
-    `pretraining` what PPO-ptx does. `skipped_samples` are the indices of this rank's samples in the minibatches that the
-    last `optimize` skipped.
+    `pretraining` what PPO-ptx does. `skipped_samples` are the batch indices of this rank's samples in the minibatches
+    that the last `optimize` skipped.
     """
 
     def __init__(
