@@ -222,6 +222,22 @@ def test_a_large_version_is_made_ready_between_steps_while_the_old_one_samples(
     np.testing.assert_allclose(got.logprobs[4:], after[4:], atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", RUNNERS)
+def test_sampling_waits_for_an_exchange_of_tensors_and_not_for_copies(lab: ModuleType, architecture: str) -> None:
+    live, new = lab.build(architecture, seed=0), lab.build(architecture, seed=1)
+    engine = lab.engine_of(live)
+    engine.submit([lab.request(0, range(5), max_tokens=12)])
+    engine.step()
+    coming = staged(lab, new)
+    addresses = {name: tensor.data_ptr() for name, tensor in coming.tensors.items()}
+    swap = engine.swap(coming, SwapMode.KEEP)
+    assert engine.pause_s == 0
+    drain(engine)
+    assert swap.result() == lab.V2 and engine.pause_s > 0
+    served = live.state_dict()
+    assert all(served[name].data_ptr() == address for name, address in addresses.items())
+
+
 def test_patches_of_another_base_or_tensor_are_refused_and_change_nothing(lab: ModuleType) -> None:
     live = lab.build("llama")
     before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
