@@ -1,5 +1,6 @@
 """Every RPC of every service is refused without the right credentials, and done with them."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,7 @@ from grpc import StatusCode
 from tests.services.authority import LOOPBACK, Authority
 from tests.services.every_method import HEALTH, Method, methods, servants, services
 from tests.services.token_issuer import TokenIssuer
+from trimtab.runtime import calls
 from trimtab.runtime.auth_config import AuthConfig
 from trimtab.runtime.config import ServiceConfig
 from trimtab.runtime.keys import add_key
@@ -117,6 +119,25 @@ def test_each_service_needs_the_role_of_its_work():
 
 async def test_no_credentials_open_nothing(by_token):
     assert await outcomes(by_token[1], None) == everywhere(UNKNOWN_CALLER)
+
+
+async def test_a_stranger_is_refused_before_the_request_is_waited_for(by_token):
+    """So nobody without credentials makes a server hold a message, nor a call open by not sending it."""
+    for method in EVERY_METHOD:
+        call = by_token[1].stream_unary(method.path)()
+        assert await asyncio.wait_for(call.code(), 5) == UNKNOWN_CALLER
+
+
+async def test_a_request_that_does_not_come_is_given_up(by_token, keys_file, monkeypatch):
+    monkeypatch.setattr(calls, "ARRIVAL_S", 0.2)
+    _, token = add_key(keys_file, "right", ALL)
+    bearer = [("authorization", f"Bearer {token}")]
+    withheld = by_token[1].stream_unary("/trimtab.v1.RewardService/Score")(metadata=bearer)
+    assert await asyncio.wait_for(withheld.code(), 5) == StatusCode.DEADLINE_EXCEEDED
+    assert "did not arrive within 0.2 s" in await withheld.details()
+    none = by_token[1].stream_unary("/trimtab.v1.RewardService/Score")(metadata=bearer)
+    await none.done_writing()
+    assert await asyncio.wait_for(none.code(), 5) == StatusCode.INVALID_ARGUMENT
 
 
 async def test_wrong_keys_open_nothing(by_token, keys_file):

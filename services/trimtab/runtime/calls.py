@@ -1,6 +1,7 @@
 """What surrounds every call: who calls, refusals while loading or draining, errors to statuses, metrics, the audit log.
 
-An interceptor over everything but health. A caller is known and allowed before a byte of the request is parsed.
+An interceptor over everything but health. A caller is known and allowed before a byte of the request is waited for:
+to grpc.aio every method takes a stream of requests, which on the wire is the same, as it reads a single one by itself.
 """
 
 import asyncio
@@ -32,6 +33,8 @@ Parse = Callable[[bytes], Any]
 SAN_PROPERTY = "x509_subject_alternative_name"
 # Who makes the call that is being served, in the task that serves it.
 CALLER: ContextVar[Principal] = ContextVar("caller", default=ANYONE)
+# A request that is not here so long after its call is given up; it may be as large as max_message_bytes.
+ARRIVAL_S = 120.0
 FAULTS = (StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS)
 
 
@@ -76,17 +79,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if rule is not None and rule.needs == PUBLIC:
             return _public(await continuation(handler_call_details), method)
         if self.refusal is not None:
-            return grpc.unary_unary_rpc_method_handler(self._refusing(method, self.refusal))
+            return grpc.stream_unary_rpc_method_handler(self._refusing(method, self.refusal))
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None
         parse, serialize = handler.request_deserializer, handler.response_serializer
         if handler.unary_unary is not None:
             behaviour = self._unary(handler.unary_unary, method, parse)
-            return grpc.unary_unary_rpc_method_handler(behaviour, None, serialize)
+            return grpc.stream_unary_rpc_method_handler(behaviour, None, serialize)
         if handler.unary_stream is not None:
             behaviour = self._stream(handler.unary_stream, method, parse)
-            return grpc.unary_stream_rpc_method_handler(behaviour, None, serialize)
+            return grpc.stream_stream_rpc_method_handler(behaviour, None, serialize)
         if handler.stream_stream is not None:
             behaviour = self._both(handler.stream_stream, method, parse)
             return grpc.stream_stream_rpc_method_handler(behaviour, None, serialize)
@@ -114,7 +117,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return principal
 
     def _refusing(self, method: str, reason: str) -> Behaviour:
-        async def refuse(request: bytes, context: grpc.aio.ServicerContext) -> None:
+        async def refuse(payloads: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
             try:
                 await self.admit(method, context)
             except ServiceError as error:
@@ -124,16 +127,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return refuse
 
     def _unary(self, behaviour: Behaviour, method: str, parse: Parse) -> Behaviour:
-        async def respond(payload: bytes, context: grpc.aio.ServicerContext) -> Any:
+        async def respond(payloads: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
             async with _Call(self, method, context) as call:
-                return await behaviour(call.parsed(payload, parse), context)
+                return await behaviour(await call.request(parse), context)
 
         return respond
 
     def _stream(self, behaviour: Behaviour, method: str, parse: Parse) -> Behaviour:
-        async def respond(payload: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async def respond(payloads: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             async with _Call(self, method, context) as call:
-                async for response in behaviour(call.parsed(payload, parse), context):
+                async for response in behaviour(await call.request(parse), context):
                     yield response
 
         return respond
@@ -201,8 +204,17 @@ class _Call:
             raise
         return self
 
-    def parsed(self, payload: bytes, parse: Parse) -> Any:
-        """The request; INVALID_ARGUMENT for bytes that are no message of its kind."""
+    async def request(self, parse: Parse) -> Any:
+        """The request; INVALID_ARGUMENT for bytes that are no message of its kind, or where none comes."""
+        try:
+            async with asyncio.timeout(ARRIVAL_S):
+                payload = await self._context.read()
+        except TimeoutError:
+            raise ServiceError(
+                StatusCode.DEADLINE_EXCEEDED, f"the request did not arrive within {ARRIVAL_S:g} s of its call"
+            ) from None
+        if payload is grpc.aio.EOF:
+            raise ServiceError(StatusCode.INVALID_ARGUMENT, "the call ended without a request")
         request = parsed(payload, parse, self._path)
         rule = rule_of(self._path)
         if rule is not None and rule.audited:
