@@ -176,6 +176,16 @@ def test_value_loss_by_hand():
     assert statistics["clipped_value"] == 1
 
 
+def test_rounding_is_not_counted_as_clipping():
+    torch.manual_seed(0)
+    old_R = 0.1 * torch.randn(1000).clamp(-0.9, 0.9)
+    values_R = (0.1 * torch.randn(1000).clamp(-0.9, 0.9)).requires_grad_()  # v_old + (v − v_old) is often not v
+    returns_R = torch.randn(1000)
+    loss, statistics = value_terms(values_R, old_R, returns_R, 0.2)
+    assert statistics["clipped_value"] == 0
+    assert torch.equal(torch.autograd.grad(loss, values_R)[0], values_R.detach() - returns_R)
+
+
 def test_importance_weights_are_truncated():
     weights = importance_weights(torch.tensor([0.0, 3.0, -1.0]), torch.zeros(3), 2.0)
     torch.testing.assert_close(weights, torch.tensor([1.0, 2.0, float(np.exp(-1))]))

@@ -33,6 +33,6 @@ def value_terms(
     values_R: torch.Tensor, old_values_R: torch.Tensor, returns_R: torch.Tensor, clip_range: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Σ ½ max((v − R)², (clip(v, v_old ± ε) − R)²) (Ziegler 2019's code, after PPO2), and how many were clipped."""
-    clipped_R = old_values_R + (values_R - old_values_R).clamp(-clip_range, clip_range)
+    clipped_R = values_R.clamp(old_values_R - clip_range, old_values_R + clip_range)  # bitwise the value in between
     plain_R, bounded_R = (values_R - returns_R).square(), (clipped_R - returns_R).square()
     return 0.5 * torch.maximum(plain_R, bounded_R).sum(), {"clipped_value": float((bounded_R > plain_R).sum())}
