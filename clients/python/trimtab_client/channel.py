@@ -45,6 +45,8 @@ class ChannelOptions:
         timeout_s: deadline of a call that gives none of its own.
         max_message_bytes: largest request and answer.
         retries: most repeats of a call that is safe to repeat.
+        wait_when_full: ask a full queue again after the time that it names; off, ResourceExhausted is raised at once,
+            for a caller with callers of its own to tell.
     """
 
     tls: Tls | None = None
@@ -53,6 +55,7 @@ class ChannelOptions:
     max_message_bytes: int = 256 * 1024 * 1024
     retries: int = 4
     token_file: Path | str | None = None
+    wait_when_full: bool = True
 
     def __post_init__(self) -> None:
         if self.token is not None and self.token_file is not None:

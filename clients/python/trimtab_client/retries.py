@@ -30,11 +30,13 @@ class RetryPlan:
         retries: most repeats, 0 for a call that is not safe to repeat.
         until: the call's deadline on `time.monotonic`.
         other_addresses: how many addresses beside the first can take the call.
+        wait_when_full: whether a full queue is asked again after the time that it names, or is an error at once.
     """
 
-    def __init__(self, retries: int, until: float, other_addresses: int = 0) -> None:
+    def __init__(self, retries: int, until: float, other_addresses: int = 0, *, wait_when_full: bool = True) -> None:
         self._retries = retries
         self._until = until
+        self._wait_when_full = wait_when_full
         self._other_addresses = other_addresses if retries else 0
         self.progressed()
 
@@ -46,7 +48,7 @@ class RetryPlan:
 
     def wait_s(self, error: TrimtabError) -> float | None:
         """Seconds to wait before the next try, or None where there is none."""
-        if not may_repeat(error):
+        if not may_repeat(error) or (isinstance(error, ResourceExhausted) and not self._wait_when_full):
             return None
         if isinstance(error, GONE) and self._failovers:
             self._failovers -= 1

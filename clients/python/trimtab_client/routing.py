@@ -53,7 +53,8 @@ class Routing:
     def retries(self, call: Call[Any], until: float, only: int | None = None) -> RetryPlan:
         """The retries of one call."""
         others = 0 if only is not None else len(self.addresses) - 1
-        return RetryPlan(self.options.retries if call.repeatable else 0, until, others)
+        retries = self.options.retries if call.repeatable else 0
+        return RetryPlan(retries, until, others, wait_when_full=self.options.wait_when_full)
 
     def sending(self, until: float) -> dict[str, Any]:
         """The keyword arguments of a stub's method: the time left and the metadata."""

@@ -10,7 +10,7 @@ from trimtab.gateway.problems import Problem
 from trimtab.runtime.errors import StartError
 from trimtab_client import AsyncGeneratorClient, AsyncRewardClient, AsyncTrainerClient, ChannelOptions, Tls
 
-# A full queue is the caller's to wait for: it is told at once. Another address of the service is tried all the same.
+# Of a service that is down or gone: its other addresses are tried first, then one of them again.
 RETRIES = 1
 
 
@@ -95,4 +95,5 @@ def _options(config: GatewayConfig) -> ChannelOptions:
         token_file=config.upstream_token_file,
         timeout_s=config.timeout_s,
         retries=RETRIES,
+        wait_when_full=False,  # the caller's to do: it is told at once, and holds no slot here meanwhile
     )

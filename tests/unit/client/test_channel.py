@@ -102,6 +102,12 @@ def test_the_server_is_never_asked_sooner_than_it_said():
     assert wait_s is not None and 2.0 < wait_s <= 2.1
 
 
+def test_who_does_not_wait_for_a_full_queue_still_goes_to_other_addresses():
+    plan = RetryPlan(1, time.monotonic() + 1e6, other_addresses=1, wait_when_full=False)
+    assert plan.wait_s(ResourceExhausted("RESOURCE_EXHAUSTED", "full", retry_after_s=2.0)) is None
+    assert plan.wait_s(UNAVAILABLE) == 0.0 and plan.wait_s(UNAVAILABLE)
+
+
 def test_other_addresses_are_tried_at_once_and_count_as_no_retry():
     plan = RetryPlan(1, time.monotonic() + 1e6, other_addresses=2)
     waits = [plan.wait_s(UNAVAILABLE) for _ in range(4)]
