@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import grpc
 import grpc.aio
+
+from trimtab_client.clear_text import is_this_machine
 
 Addresses = str | Sequence[str]
 # A name's addresses are asked for again whenever a connection ends, but no sooner than after so long.
@@ -131,11 +132,4 @@ def _is_loopback(address: str) -> bool:
     name = address.partition(":")[2] if address.startswith(_SCHEMES) else address
     # dns:[//authority/]host:port, ipv4:a:1,b:2
     hosts = [part.rpartition(":")[0].strip("[]") for part in name.rpartition("/")[2].split(",")]
-    return all(_is_loopback_host(host) for host in hosts)
-
-
-def _is_loopback_host(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return all(is_this_machine(host) for host in hosts)

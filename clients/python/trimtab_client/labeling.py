@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from trimtab_client.clear_text import check_token_may_travel_to
 from trimtab_client.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -39,18 +40,21 @@ class LabelingClient:
     AlreadyExists, NotFound, InvalidArgument and so on where it refuses, with its own words.
 
     Args:
-        address: "http://host:port" or "https://host:port".
+        address: "https://host:port", or on this machine "http://host:port"; ValueError where the token would travel in
+            the clear to another one.
         timeout_s: of each call.
         ca_file: PEM authorities to believe instead of the system's.
     """
 
     def __init__(self, address: str, token: str, *, timeout_s: float = 60.0, ca_file: Path | None = None) -> None:
+        try:
+            check_token_may_travel_to(address)
+        except ValueError as error:
+            raise ValueError(f"address: {error}") from None
         self.address: str = address.rstrip("/")
         self._token: str = token
         self._timeout_s: float = timeout_s
-        self._tls: ssl.SSLContext | None = (
-            ssl.create_default_context(cafile=ca_file) if self.address.startswith("https:") else None
-        )
+        self._opener: urllib.request.OpenerDirector = _opener(self.address, ca_file)
 
     def create_campaign(self, plan: Mapping[str, Any]) -> None:
         """Make a campaign of the fields that the API names. AlreadyExists where the name is taken."""
@@ -91,13 +95,28 @@ class LabelingClient:
             headers["content-type"] = content_type
         request = urllib.request.Request(f"{self.address}/api/v1{path}", body, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout_s, context=self._tls) as answer:
+            with self._opener.open(request, timeout=self._timeout_s) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
             raise _refusal(self.address, error) from None
         except OSError as error:
             reason = getattr(error, "reason", error)
             raise Unavailable("UNAVAILABLE", f"{self.address} does not answer: {reason}") from None
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the token along, wherever it leads: it is an error like any other."""
+
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:
+        return None
+
+
+def _opener(address: str, ca_file: Path | None) -> urllib.request.OpenerDirector:
+    """Opens what is on this machine without TLS by no proxy, which would read the token; a tunnel for TLS cannot."""
+    if not address.startswith("https:"):
+        return urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
+    context = ssl.create_default_context(cafile=ca_file)
+    return urllib.request.build_opener(_NoRedirects, urllib.request.HTTPSHandler(context=context))
 
 
 def _refusal(address: str, error: urllib.error.HTTPError) -> TrimtabError:

@@ -6,6 +6,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from trimtab.runtime.config import ServiceConfig
+from trimtab_client.clear_text import check_token_may_travel_to
 
 DEFAULT_PORT = 7105
 DEFAULT_HTTP_PORT = 7120
@@ -26,7 +27,8 @@ class GatewayConfig(ServiceConfig):
     generator: str | None = Field(default=None, description="HOST:PORT of the generator; several by commas.")
     trainer: str | None = Field(default=None, description="HOST:PORT of the trainer that the dashboard shows.")
     labeling: str | None = Field(
-        default=None, description="http(s)://HOST:PORT of the labeling page; the dashboard shows what people prefer."
+        default=None,
+        description="https://HOST:PORT of the labeling page, on this machine http://…; its win rates are shown.",
     )
     labeling_token_file: Path | None = Field(default=None, description="File with a lead's access token for it.")
     reward_names: tuple[str, ...] = Field(
@@ -65,6 +67,11 @@ class GatewayConfig(ServiceConfig):
             raise ValueError("generator_names: a name cannot stand for both the policy and the reward model")
         if self.labeling is not None and not self.labeling.startswith(("http://", "https://")):
             raise ValueError("labeling: give the page's whole address, http://HOST:PORT or https://HOST:PORT")
+        if self.labeling is not None:
+            try:
+                check_token_may_travel_to(self.labeling)
+            except ValueError as error:
+                raise ValueError(f"labeling: {error}") from None
         if (self.labeling is None) != (self.labeling_token_file is None):
             raise ValueError("labeling_token_file: labeling and labeling_token_file must be given together")
         if (self.upstream_cert is None) != (self.upstream_key is None):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trimtab.rounds.scorers import check_spec, spec_with_paths
 from trimtab.trainer.stages import PpoConfig, Stage, StageConfig, parse_stage
 from trimtab.weights.layout import check_name
+from trimtab_client.clear_text import check_token_may_travel_to
 
 FILLED_IN = {
     "sft": ("model", "seed"),
@@ -59,6 +60,7 @@ class PeopleRanking(_Section):
     """Rankings by people on the labeling page at `address`; `token_file` holds a lead's access token.
 
     Attributes:
+        address: https://HOST:PORT, or http:// on this machine.
         minimum: people that rank each set.
         guideline: a Markdown file that tells them what to go by; "" is the page's own text.
         held_out: share of the sets whose rankings check the reward model instead of training it.
@@ -71,6 +73,12 @@ class PeopleRanking(_Section):
     guideline: str = ""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     poll_s: Annotated[float, Field(gt=0)] = 5.0
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, address: str) -> str:
+        check_token_may_travel_to(address)
+        return address
 
 
 class SimulatedRanking(_Section):

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from trimtab.cli.errors import CommandError
 from trimtab.cli.up_config import load_up_config, process_specs
+from trimtab.gateway.config import GatewayConfig
 
 
 def up_file(folder: Path, text: str) -> Path:
@@ -68,3 +69,12 @@ def test_a_gateway_before_nothing_is_refused_before_anything_starts(tmp_path: Pa
 def test_a_gateway_beside_a_trainer_shows_that_trainer(tmp_path: Path) -> None:
     config = load_up_config(up_file(tmp_path, "trainer: {port: 7999}\ngateway: {}\n"))
     assert config.sections["gateway"]["trainer"] == "127.0.0.1:7999"
+
+
+@pytest.mark.parametrize("page", ["http://page:7110", "http://10.0.0.1:7110"])
+def test_a_lead_s_token_is_not_sent_to_another_machine_without_tls(tmp_path: Path, page: str) -> None:
+    settings = {"labeling": page, "labeling_token_file": str(tmp_path / "lead.token")}
+    with pytest.raises(CommandError, match=r"gateway: labeling: .* give its https:// address"):
+        load_up_config(up_file(tmp_path, f"trainer: {{}}\ngateway: {json.dumps(settings)}\n"))
+    GatewayConfig(trainer="t:1", **settings | {"labeling": page.replace("http:", "https:")})
+    GatewayConfig(trainer="t:1", **settings | {"labeling": "http://127.0.0.1:7110"})

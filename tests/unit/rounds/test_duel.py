@@ -1,6 +1,7 @@
 """A comparison: people judge pairs that are blind, and the page says what came out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from trimtab.rounds.duel.people import people_wins
 from trimtab.rounds.duel.plan import Duel, DuelError, DuelPlan, Side
 from trimtab.rounds.duel.report import verdict, write_duel_report
+from trimtab.rounds.duel.run import run_duel
 from trimtab.rounds.evaluate import bootstrap_mean, win_rate
 from trimtab_client import Sampling
 
@@ -24,6 +26,12 @@ def side(name: str, score: float | None = None) -> Side:
 
 def plan(folder: Path, judge: str) -> DuelPlan:
     return DuelPlan("a", "b", PROMPTS, judge, Sampling(n=2, seed=3), folder, "store", 1)
+
+
+def test_a_page_that_would_get_its_token_in_the_clear_is_refused_before_anything_is_sampled(tmp_path):
+    far = replace(plan(tmp_path, "people:http://page:7110/c/a-or-b"), token_file=tmp_path / "token")
+    with pytest.raises(DuelError, match=r"^--judge: http://page:7110 is another machine, .* https:// address"):
+        run_duel(far, lambda text: pytest.fail(text))
 
 
 def test_peoples_rankings_of_blind_pairs_are_counted_for_the_right_side(tmp_path):

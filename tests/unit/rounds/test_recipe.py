@@ -45,6 +45,7 @@ def test_the_example_is_a_recipe(values):
         ("ppo.kl_coeficient", 0.1, "ppo.kl_coeficient"),
         ("reward.optimizer.learning_rate", -1, "reward.optimizer.learning_rate"),
         ("sft.data", None, "sft.data"),
+        ("rank", {"source": "people", "address": "http://page:7110", "token_file": "t"}, "give its https:// address"),
     ],
 )
 def test_a_wrong_key_is_named_in_one_line(values, key, value, said):

@@ -6,6 +6,7 @@ Two equal answers are a tie that nobody is asked about.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from trimtab.rounds.ranking.file_source import FileSource
 from trimtab.rounds.ranking.people_source import PeopleSource
 from trimtab.rounds.ranking.source import AnswerSet, RankedSet, RankingSource, write_rows
 from trimtab_client import LabelingClient
+from trimtab_client.clear_text import check_token_may_travel_to
 
 PEOPLE = "people:"
 TO_RANK = "to_rank.jsonl"
@@ -39,26 +41,47 @@ def people_wins(plan: DuelPlan, first: Side, second: Side) -> np.ndarray:
     return _count(pairs, second_first, collected.rankings, len(first.texts[0]))
 
 
+@dataclass(frozen=True)
+class Page:
+    """A campaign of the labeling page at `address`."""
+
+    address: str
+    campaign: str
+    token_file: Path
+
+
+def page_of(plan: DuelPlan) -> Page | None:
+    """The page on which people judge; None where their rankings come as a file. DuelError where it cannot be asked."""
+    where = plan.judge.removeprefix(PEOPLE)
+    if not where.startswith(("http://", "https://")):
+        return None
+    address, mark, campaign = where.rpartition("/c/")
+    if not mark or not campaign:
+        raise DuelError(f"--judge: {where} names no campaign; people:https://HOST:PORT/c/NAME does")
+    if plan.token_file is None:
+        raise DuelError("--token-file: the page asks for a lead's access token; `trimtab label labeler add` makes one")
+    try:
+        check_token_may_travel_to(address)
+    except ValueError as error:
+        raise DuelError(f"--judge: {error}") from None
+    return Page(address, campaign, plan.token_file)
+
+
 def _source(
     plan: DuelPlan, first: Side, second: Side, pairs: Sequence[AnswerSet], second_first: np.ndarray
 ) -> RankingSource:
-    where = plan.judge.removeprefix(PEOPLE)
-    if not where.startswith(("http://", "https://")):
-        return FileSource(Path(where), 1, 0)
-    address, mark, campaign = where.rpartition("/c/")
-    if not mark or not campaign:
-        raise DuelError(f"--judge: {where} names no campaign; people:http://HOST:PORT/c/NAME does")
-    if plan.token_file is None:
-        raise DuelError("--token-file: the page asks for a lead's access token; `trimtab label labeler add` makes one")
+    page = page_of(plan)
+    if page is None:
+        return FileSource(Path(plan.judge.removeprefix(PEOPLE)), 1, 0)
     names = (first.served, second.served)
     if names[0] == names[1]:
         names = (f"A {names[0]}", f"B {names[1]}")
     versions = {pair.task: names[::-1] if flip else names for pair, flip in zip(pairs, second_first, strict=True)}
     return PeopleSource(
-        LabelingClient(address, plan.token_file.read_text().strip()),
-        campaign,
+        LabelingClient(page.address, page.token_file.read_text().strip()),
+        page.campaign,
         minimum=1,
-        title=campaign,
+        title=page.campaign,
         guideline="",
         poll_s=0,
         versions=versions,

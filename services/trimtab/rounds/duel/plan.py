@@ -22,7 +22,8 @@ class DuelPlan:
 
     Attributes:
         judge: a scorer (`scorers`), "people:FILE" (rankings of the pairs in to_rank.jsonl), or
-            "people:http://HOST:PORT/c/NAME": a campaign of the labeling page, made where it is not there.
+            "people:https://HOST:PORT/c/NAME": a campaign of the labeling page (over http:// only on this machine), made
+            where it is not there.
         folder: gets the answers, the pairs and the services' logs.
         token_file: a lead's access token for that page.
     """

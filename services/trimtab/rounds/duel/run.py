@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.rounds.answers import draw
-from trimtab.rounds.duel.people import PEOPLE, TO_RANK, people_wins
+from trimtab.rounds.duel.people import PEOPLE, TO_RANK, page_of, people_wins
 from trimtab.rounds.duel.plan import Duel, DuelError, DuelPlan, Side
 from trimtab.rounds.evaluate import bootstrap_mean, win_rate
 from trimtab.rounds.launchers.local import Supervisor
@@ -28,9 +28,12 @@ def run_duel(plan: DuelPlan, say: Callable[[str], None]) -> Duel:
     """Sample both, judge both. With people as judge, answers that lie in the folder already are used again.
 
     Raises:
-        DuelError: people have not judged all pairs yet, or the folder holds answers of another comparison.
+        DuelError: people have not judged all pairs yet, or cannot be asked so, or the folder holds answers of another
+            comparison.
         ScorerError, LaunchError.
     """
+    if plan.judge.startswith(PEOPLE):
+        page_of(plan)  # what is wrong with it is told before anything is sampled
     with ExitStack() as stack:
         supervisor = stack.enter_context(Supervisor())
         if plan.judge.startswith(PEOPLE) and (plan.folder / TO_RANK).exists():
