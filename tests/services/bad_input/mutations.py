@@ -33,6 +33,7 @@ TEXTS = [
     "\n",
     "w1 w2",
     "-",
+    "²",  # str.isdigit() holds for it, int() refuses it
 ]
 LONG_TEXT = "w1 " * 30_000
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -55,33 +56,37 @@ def flag(value: int) -> dict[str, pb.InferParameter]:
     return {"truncate": pb.InferParameter(int64_param=value)}
 
 
-WRONG = {
-    "inputs": {"inputs": []},
-    "inputs[0].name": {"inputs": [tensor("image")]},
-    "inputs[1].name": {"inputs": [tensor(), tensor()]},
-    "inputs[0].datatype": {"inputs": [tensor(datatype="FP32")]},
-    "inputs[0].shape": {"inputs": [tensor(shape=[2])]},
-    "inputs[0].contents": {"inputs": [tensor(values=(b"\xff",))]},
-    "raw_input_contents": {"inputs": [tensor()], "raw_input_contents": [b"", b""]},
-    "raw_input_contents[0]": {
-        "inputs": [pb.ModelInferRequest.InferInputTensor(name="text", datatype="BYTES", shape=[1])],
-        "raw_input_contents": [b"\xff\xff\xff\xffw"],
-    },
-    "outputs[0].name": {
-        "inputs": [tensor()],
-        "outputs": [pb.ModelInferRequest.InferRequestedOutputTensor(name="logits")],
-    },
-    "model_version": {"inputs": [tensor()], "model_version": "newest"},
-    "parameters.truncate": {"inputs": [tensor()], "parameters": flag(1)},
-}
+def raw(content: bytes, rows: int = 1) -> dict[str, Any]:
+    text = pb.ModelInferRequest.InferInputTensor(name="text", datatype="BYTES", shape=[rows])
+    return {"inputs": [text], "raw_input_contents": [content]}
 
 
-@pytest.mark.parametrize("field", WRONG)
-async def test_a_wrong_request_is_refused_by_the_field_that_is_wrong(edge, field):
+WRONG = [
+    ("inputs", {"inputs": []}),
+    ("inputs[0].name", {"inputs": [tensor("image")]}),
+    ("inputs[1].name", {"inputs": [tensor(), tensor()]}),
+    ("inputs[0].datatype", {"inputs": [tensor(datatype="FP32")]}),
+    ("inputs[0].shape", {"inputs": [tensor(shape=[2])]}),
+    ("inputs[0].contents", {"inputs": [tensor(values=(b"\xff",))]}),
+    ("raw_input_contents", {"inputs": [tensor()], "raw_input_contents": [b"", b""]}),
+    ("raw_input_contents[0]", raw(b"\xff\xff\xff\xffw")),
+    (
+        "outputs[0].name",
+        {"inputs": [tensor()], "outputs": [pb.ModelInferRequest.InferRequestedOutputTensor(name="logits")]},
+    ),
+    ("model_version", {"inputs": [tensor()], "model_version": "newest"}),
+    ("model_version", {"inputs": [tensor()], "model_version": "²"}),
+    ("model_version", {"inputs": [tensor()], "model_version": "9" * 19}),
+    ("parameters.truncate", {"inputs": [tensor()], "parameters": flag(1)}),
+]
+
+
+@pytest.mark.parametrize(("field", "wrong"), WRONG)
+async def test_a_wrong_request_is_refused_by_the_field_that_is_wrong(edge, field, wrong):
     async with grpc.aio.insecure_channel(edge.grpc) as channel:
         stub = stubs.GRPCInferenceServiceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await stub.ModelInfer(pb.ModelInferRequest(model_name="reward", **WRONG[field]), timeout=TIMEOUT_S)
+            await stub.ModelInfer(pb.ModelInferRequest(model_name="reward", **wrong), timeout=TIMEOUT_S)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert (refused.value.details() or "").startswith(f"{field}: ")
 

@@ -219,7 +219,7 @@ def _wanted(request: pb.ModelInferRequest) -> list[str]:
 def _pin(version: str) -> ModelVersion | None:
     if not version:
         return None
-    if not version.isdigit() or len(version) > 18:
+    if not (version.isascii() and version.isdecimal()) or len(version) > 18:
         raise invalid("model_version", f"{version!r} is no step")
     return ModelVersion("", "", int(version))
 
