@@ -39,6 +39,7 @@ STATIC = "/dashboard/static/{name}"
 NO_CREDENTIALS = frozenset({"/healthz"})
 WAY_IN = frozenset({"/dashboard/sign-in", "/dashboard/session", STATIC})
 """What a browser needs before anybody has signed in; /dashboard/session looks at the token that it is sent."""
+OPEN_TO_ALL = NO_CREDENTIALS | WAY_IN
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Caller:
 
 def route_of(path: str) -> str | None:
     """The table's route of a path; None for one that does not exist."""
-    if path in ROLES or path in NO_CREDENTIALS | WAY_IN:
+    if path in ROLES or path in OPEN_TO_ALL:
         return path
     if path.startswith("/v1/models/"):
         return "/v1/models/{name}"
@@ -80,7 +81,7 @@ class Gate:
 
     async def admit(self, route: str | None, headers: Headers, names: Sequence[str], host: str) -> Caller:
         """Who calls, from `host` and with these names in their certificate; Problem 401, 403 or 429."""
-        if route in NO_CREDENTIALS | WAY_IN:
+        if route in OPEN_TO_ALL:
             return Caller(PUBLIC)
         try:
             principal = await self._authenticator.admit(headers, names)

@@ -1,7 +1,8 @@
 """What surrounds every HTTP request, from its first byte to its log line.
 
 A request gets an id, its caller is let in (or not) before a byte of the body is read, the body must be small enough
-and come soon enough, the answer must be there by the deadline, and a caller that goes away ends the work.
+and come soon enough, the answer must be there by the deadline, and a caller that goes away ends the work. Callers who
+are not known, and what is refused, take none of the room that known callers have.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimtab.gateway.access import Caller, Gate, route_of
+from trimtab.gateway.access import OPEN_TO_ALL, Caller, Gate, route_of
 from trimtab.gateway.config import GatewayConfig
 from trimtab.gateway.problems import Problem, unprocessable
+from trimtab.gateway.slots import Slots
 from trimtab.runtime.logs import get_logger
 from trimtab.runtime.metrics import Metrics
 
@@ -34,6 +36,10 @@ _ID = re.compile(r"[\x21-\x7e]{1,128}")
 # The services are given the deadline itself; what is still not there this much later is cut off here.
 LATE_S = 2.0
 LINGER_S = 1.0
+LINGERING_AT_ONCE = 64
+OPEN_AT_ONCE = 64
+OPEN_BODY_BYTES = 32 * 1024
+"""Of the routes that are open to all: the longest token that signs in is half of that."""
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
@@ -69,26 +75,27 @@ class Guard:
         self._config = config
         self._gate = gate
         self._metrics = metrics
-        self._in_flight = 0
+        self._known = Slots(config.limits.max_concurrent_calls)
+        self._anybody = Slots(OPEN_AT_ONCE)
+        self._lingering = Slots(LINGERING_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         answer = _Answer(scope, send, request_id(Headers(scope=scope)))
-        self._in_flight += 1
         structlog.contextvars.bind_contextvars(request_id=answer.request_id)
         try:
             await self._serve(scope, receive, answer)
         except Problem as problem:
-            if not answer.body_read and problem.status != 408:
-                await _discard(receive)
+            if not answer.body_read and problem.status != 408 and not self._lingering.is_full:
+                with self._lingering.one():
+                    answer.body_read = await _discard(receive)
             await answer.refuse(problem)
         except Exception as error:
             log.error("request failed", path=scope["path"], exc_info=error)
             await answer.refuse(Problem("INTERNAL", "the gateway failed; its log says why, under this request's id"))
         finally:
-            self._in_flight -= 1
             self._finished(scope, answer)
             structlog.contextvars.unbind_contextvars("request_id")
 
@@ -101,14 +108,14 @@ class Guard:
         answer.caller = caller.name
         if answer.route is None:
             raise Problem("NOT_FOUND", f"{scope['path']} is no route; /openapi.json lists them")
-        if self._in_flight > self._config.limits.max_concurrent_calls:
-            raise Problem("RESOURCE_EXHAUSTED", f"{self._in_flight - 1} requests are in flight", retry_after_s=1.0)
-        timeout_s = self._timeout_s(headers)
-        body = await self._body(headers, receive, answer)
-        if body and "json" not in headers.get("content-type", ""):
-            raise Problem("INVALID_ARGUMENT", "content-type: send application/json", field="content-type", status=415)
-        visit = Visit(answer.request_id, caller, time.monotonic() + timeout_s)
-        await _run(self._app, {**scope, "trimtab.visit": visit}, body, receive, answer, timeout_s + LATE_S)
+        with (self._anybody if answer.route in OPEN_TO_ALL else self._known).one():
+            timeout_s = self._timeout_s(headers)
+            body = await self._body(headers, receive, answer)
+            if body and "json" not in headers.get("content-type", ""):
+                problem = "content-type: send application/json"
+                raise Problem("INVALID_ARGUMENT", problem, field="content-type", status=415)
+            visit = Visit(answer.request_id, caller, time.monotonic() + timeout_s)
+            await _run(self._app, {**scope, "trimtab.visit": visit}, body, receive, answer, timeout_s + LATE_S)
 
     def _timeout_s(self, headers: Headers) -> float:
         given = headers.get(TIMEOUT)
@@ -124,6 +131,8 @@ class Guard:
 
     async def _body(self, headers: Headers, receive: Receive, answer: _Answer) -> bytes:
         most = self._config.max_body_bytes
+        if answer.route in OPEN_TO_ALL:
+            most = min(most, OPEN_BODY_BYTES)
         too_large = Problem("OUT_OF_RANGE", f"body: at most {most:,} bytes", field="body", status=413)
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > most:
@@ -187,7 +196,7 @@ class _Answer:
         if self.started or problem.code == "CANCELLED":
             return
         response = problem.response(self.request_id, like_openai=like_openai(self._scope["path"]))
-        if problem.status in (408, 413):  # the rest of its body may still come
+        if not self.body_read:  # the rest of its body may still come
             response.headers["connection"] = "close"
         await response(self._scope, _nothing, self.send)
 
@@ -236,12 +245,17 @@ async def _run(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, answer
             await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def _discard(receive: Receive) -> None:
-    """Let a refused body pass by for a moment: a caller that is still sending would else never read the refusal."""
+async def _discard(receive: Receive) -> bool:
+    """Let a refused body pass by for a moment: a caller that is still sending would else never read the refusal.
+
+    Whether all of it has passed.
+    """
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_S):
             while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
                 pass
+            return message["type"] == "http.request"
+    return False
 
 
 async def _nothing() -> Message:
