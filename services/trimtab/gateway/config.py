@@ -46,6 +46,7 @@ class GatewayConfig(ServiceConfig):
     timeout_s: float = Field(default=60.0, gt=0, description="Deadline of a request that names none.")
     max_timeout_s: float = Field(default=600.0, gt=0, description="Longest deadline a request may name.")
     max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, description="Largest request body.")
+    max_rows: int = Field(default=4096, ge=1, description="Most sequences of a request, over HTTP and gRPC.")
     body_timeout_s: float = Field(
         default=30.0, gt=0, description="Seconds in which a request's head, and then its body, must arrive."
     )
@@ -58,6 +59,11 @@ class GatewayConfig(ServiceConfig):
         description="Special tokens, as text, that OpenRLHF leaves at the ends of its queries; taken off, since the "
         "reward model's tokenizer adds its own.",
     )
+
+    @property
+    def max_message_bytes(self) -> int:
+        """The gRPC port takes what the HTTP port takes."""
+        return self.max_body_bytes
 
     @model_validator(mode="after")
     def _check_upstreams(self) -> Self:

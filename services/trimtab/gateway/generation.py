@@ -14,7 +14,7 @@ from trimtab.gateway.guard import visit_of
 from trimtab.gateway.json_bodies import JsonRoute
 from trimtab.gateway.problems import POSTED, documented
 from trimtab.gateway.room import room_of
-from trimtab.gateway.schemas import SEEDS, Body, Conversation, Pin, Text, TokenId, Version, messages_of
+from trimtab.gateway.schemas import SEEDS, Body, Conversation, Pin, Text, TokenId, TokenIds, Version, messages_of
 from trimtab_client import Completion, Sampling
 
 router = APIRouter(route_class=JsonRoute, tags=["trimtab"])
@@ -28,9 +28,7 @@ def _kind(value: object) -> str:
 
 
 Prompt = Annotated[
-    Annotated[Text, Tag("<text>")]
-    | Annotated[list[TokenId], Field(min_length=1), Tag("<token_ids>")]
-    | Annotated[Conversation, Tag("<chat>")],
+    Annotated[Text, Tag("<text>")] | Annotated[TokenIds, Tag("<token_ids>")] | Annotated[Conversation, Tag("<chat>")],
     Discriminator(_kind),
 ]
 
@@ -77,7 +75,7 @@ class GenerateBody(Body):
         }
     )
 
-    prompts: list[Prompt] = Field(min_length=1)
+    prompts: list[Prompt] = Field(min_length=1, fail_fast=True)
     sampling: SamplingBody = SamplingBody()
     model: str | None = Field(default=None, max_length=256, description="A name of /v1/models; the only one if absent.")
     version: Pin | None = None

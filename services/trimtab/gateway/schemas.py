@@ -16,6 +16,9 @@ SEEDS = 2**64  # a seed is taken modulo this
 Text = Annotated[str, Field(max_length=2**26)]
 
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+# Lists are refused by their first wrong element (`fail_fast`): millions of complaints would take the gateway seconds.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+MOST_MESSAGES = 4096
 
 
 class Body(BaseModel):
@@ -31,7 +34,7 @@ class ChatMessage(Body):
     content: Text = Field(examples=["How do I boil an egg?"])
 
 
-Conversation = Annotated[list[ChatMessage], Field(min_length=1)]
+Conversation = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
 
 
 class Pin(Body):

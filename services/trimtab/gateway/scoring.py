@@ -13,7 +13,7 @@ from trimtab.gateway.json_bodies import JsonRoute
 from trimtab.gateway.problems import POSTED, documented, in_callers_words, refused
 from trimtab.gateway.room import room_of
 from trimtab.gateway.schemas import Body as Fields
-from trimtab.gateway.schemas import Conversation, Pin, Text, TokenId, Version, messages_of, which
+from trimtab.gateway.schemas import Conversation, Pin, Text, TokenIds, Version, messages_of, which
 from trimtab_client import RaggedTokens, Scores
 
 router = APIRouter(route_class=JsonRoute, tags=["trimtab"])
@@ -52,26 +52,28 @@ class ScoreOptions(Fields):
     version: Pin | None = None
 
 
-References = Annotated[list[Text] | None, Field(description="For verifiers: one a sequence.")]
+References = Annotated[
+    Annotated[list[Text], Field(fail_fast=True)] | None, Field(description="For verifiers: one a sequence.")
+]
 
 
 class ScorePairs(ScoreOptions):
     """Texts, encoded by the reward model's own tokenizer."""
 
-    items: list[Pair] = Field(min_length=1)
+    items: list[Pair] = Field(min_length=1, fail_fast=True)
 
 
 class ScoreConversations(ScoreOptions):
     """Conversations through the reward model's own chat template; the last message is the response."""
 
-    conversations: list[Conversation] = Field(min_length=1)
+    conversations: list[Conversation] = Field(min_length=1, fail_fast=True)
     references: References = None
 
 
 class ScoreTokens(ScoreOptions):
     """Token ids of the tokenizer with that digest, which must be the reward model's."""
 
-    token_ids: list[Annotated[list[TokenId], Field(min_length=1)]] = Field(min_length=1)
+    token_ids: list[TokenIds] = Field(min_length=1, fail_fast=True)
     tokenizer_digest: str = Field(max_length=256, description="From /v1/models.")
     references: References = None
 

@@ -100,6 +100,11 @@ class ServiceConfig(BaseSettings):
     def has_tls(self) -> bool:
         return self.tls_cert is not None
 
+    @property
+    def max_message_bytes(self) -> int:
+        """Largest message of the gRPC port, either way."""
+        return self.limits.max_message_bytes
+
     @model_validator(mode="after")
     def _check_exposure(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):

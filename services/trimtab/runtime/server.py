@@ -346,7 +346,7 @@ def _leave(code: int) -> None:
 
 
 def _options(config: ServiceConfig) -> list[tuple[str, Any]]:
-    size = config.limits.max_message_bytes
+    size = config.max_message_bytes
     age_s = config.connection_age_s
     # Behind a name with several addresses a client asks for these anew only when a connection ends. Calls in flight
     # finish on the old one, however long they take.

@@ -70,9 +70,14 @@ WRONG = [
     ("inputs[0].contents", {"inputs": [tensor(values=(b"\xff",))]}),
     ("raw_input_contents", {"inputs": [tensor()], "raw_input_contents": [b"", b""]}),
     ("raw_input_contents[0]", raw(b"\xff\xff\xff\xffw")),
+    ("raw_input_contents[0]", raw(b"\0\0\0\0\0")),
     (
         "outputs[0].name",
         {"inputs": [tensor()], "outputs": [pb.ModelInferRequest.InferRequestedOutputTensor(name="logits")]},
+    ),
+    (
+        "outputs[1].name",
+        {"inputs": [tensor()], "outputs": 2 * [pb.ModelInferRequest.InferRequestedOutputTensor(name="score")]},
     ),
     ("model_version", {"inputs": [tensor()], "model_version": "newest"}),
     ("model_version", {"inputs": [tensor()], "model_version": "²"}),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -95,7 +95,7 @@ class OipServicer(stubs.GRPCInferenceServiceServicer):
         """Score a batch."""
         self._count(context)
         model = self._model(request.model_name, "model_name")
-        pairs, references = read_rows(request)
+        pairs, references = read_rows(request, self._config.max_rows)
         wanted = _wanted(request)
         left_s = context.time_remaining()
         timeout_s = self._config.timeout_s if left_s is None else min(left_s, self._config.max_timeout_s)
@@ -140,8 +140,8 @@ def host_of(peer: str) -> str:
     return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]") or peer
 
 
-def read_rows(request: pb.ModelInferRequest) -> tuple[list[tuple[str, str]], list[str] | None]:
-    """The (prompt, response) pairs of a request and their references, if it has these.
+def read_rows(request: pb.ModelInferRequest, most: int) -> tuple[list[tuple[str, str]], list[str] | None]:
+    """The (prompt, response) pairs of a request and their references, if it has these; at most so many.
 
     ServiceError INVALID_ARGUMENT naming the input that is wrong.
     """
@@ -157,8 +157,11 @@ def read_rows(request: pb.ModelInferRequest) -> tuple[list[tuple[str, str]], lis
             raise invalid(f"{field}.name", f"{tensor.name!r} comes twice")
         if raw and tensor.HasField("contents"):
             raise invalid(f"{field}.contents", "must be empty beside raw_input_contents")
-        values = list(_unpacked(raw[index], index)) if raw else list(tensor.contents.bytes_contents)
-        columns[tensor.name] = _texts(tensor, field, values)
+        rows = _row_count(tensor, field, most)
+        values = _unpacked(raw[index], index, rows) if raw else tensor.contents.bytes_contents
+        if len(values) != rows:
+            raise invalid(f"{field}.shape", f"says {rows}, but there are {len(values)} texts")
+        columns[tensor.name] = _texts(field, values)
     references = columns.pop("reference", None)
     given = set(columns)
     if given == {"text"}:
@@ -175,31 +178,40 @@ def read_rows(request: pb.ModelInferRequest) -> tuple[list[tuple[str, str]], lis
     return list(zip(prompts, responses, strict=True)), references
 
 
-def _texts(tensor: pb.ModelInferRequest.InferInputTensor, field: str, values: Sequence[bytes]) -> list[str]:
+def _row_count(tensor: pb.ModelInferRequest.InferInputTensor, field: str, most: int) -> int:
+    """What its shape says, before anything of its content is looked at."""
     if tensor.datatype != "BYTES":
         raise invalid(f"{field}.datatype", f"{tensor.datatype!r}; texts are BYTES")
-    shape = list(tensor.shape)
+    shape = list(tensor.shape[:3])
     if not (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)) or shape[0] < 1:
         raise invalid(f"{field}.shape", f"{shape} is neither [B] nor [B, 1] with B of at least 1")
-    if len(values) != shape[0]:
-        raise invalid(f"{field}.shape", f"says {shape[0]}, but there are {len(values)} texts")
+    if shape[0] > most:
+        raise invalid(f"{field}.shape", f"{shape[0]} rows, but a request may hold {most}")
+    return shape[0]
+
+
+def _texts(field: str, values: Sequence[bytes]) -> list[str]:
     try:
         return [value.decode("utf-8") for value in values]
     except UnicodeDecodeError:
         raise invalid(f"{field}.contents", "holds bytes that are not UTF-8") from None
 
 
-def _unpacked(raw: bytes, index: int) -> Iterator[bytes]:
-    """The elements of a raw BYTES tensor, each behind its length in four little-endian bytes."""
+def _unpacked(raw: bytes, index: int, rows: int) -> list[bytes]:
+    """The elements of a raw BYTES tensor, each behind its length in four little-endian bytes; `rows` of them."""
+    values: list[bytes] = []
     at = 0
     while at < len(raw):
+        if len(values) == rows:
+            raise invalid(f"raw_input_contents[{index}]", f"goes on behind the {rows} texts that the shape says")
         if at + 4 > len(raw):
             raise invalid(f"raw_input_contents[{index}]", "ends within a length")
         (size,) = struct.unpack_from("<I", raw, at)
         at += 4 + size
         if at > len(raw):
             raise invalid(f"raw_input_contents[{index}]", f"ends within an element of {size} bytes")
-        yield raw[at - size : at]
+        values.append(raw[at - size : at])
+    return values
 
 
 def _version(info: ModelInfo, scorer: str) -> ModelVersion | None:
@@ -210,10 +222,14 @@ def _version(info: ModelInfo, scorer: str) -> ModelVersion | None:
 
 
 def _wanted(request: pb.ModelInferRequest) -> list[str]:
+    wanted: list[str] = []
     for index, output in enumerate(request.outputs):
         if output.name not in OUTPUTS:
             raise invalid(f"outputs[{index}].name", f"{output.name!r} is none of {', '.join(OUTPUTS)}")
-    return [output.name for output in request.outputs] or list(OUTPUTS)
+        if output.name in wanted:
+            raise invalid(f"outputs[{index}].name", f"{output.name!r} comes twice")
+        wanted.append(output.name)
+    return wanted or list(OUTPUTS)
 
 
 def _pin(version: str) -> ModelVersion | None:
@@ -225,10 +241,12 @@ def _pin(version: str) -> ModelVersion | None:
 
 
 def _truncate(request: pb.ModelInferRequest) -> bool:
-    for name, value in request.parameters.items():
-        if name == "truncate" and value.WhichOneof("parameter_choice") != "bool_param":
-            raise invalid("parameters.truncate", "is no bool")
-    return "truncate" in request.parameters and request.parameters["truncate"].bool_param
+    if "truncate" not in request.parameters:
+        return False
+    value = request.parameters["truncate"]
+    if value.WhichOneof("parameter_choice") != "bool_param":
+        raise invalid("parameters.truncate", "is no bool")
+    return value.bool_param
 
 
 def _response(request: pb.ModelInferRequest, wanted: Sequence[str], found: Scores) -> pb.ModelInferResponse:

@@ -26,7 +26,7 @@ from trimtab.gateway.guard import Visit, visit_of
 from trimtab.gateway.json_bodies import JsonRoute
 from trimtab.gateway.problems import POSTED, documented, refused
 from trimtab.gateway.room import room_of
-from trimtab.gateway.schemas import Body, Text
+from trimtab.gateway.schemas import MOST_MESSAGES, Body, Text
 from trimtab_client import Completion
 
 router = APIRouter(route_class=JsonRoute, tags=["dialects"])
@@ -43,7 +43,7 @@ class Message(Body):
     """One message."""
 
     role: str = Field(min_length=1, max_length=64)
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: str | None = Field(default=None, description="Not used.")
 
     @property
@@ -67,7 +67,7 @@ class ChatBody(SamplingFields):
         }
     )
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
     logprobs: bool | None = Field(default=None, description="The sampled tokens' own, of logits / temperature.")
     top_logprobs: Literal[0] | None = None

@@ -25,13 +25,11 @@ from trimtab.gateway.guard import Visit, visit_of
 from trimtab.gateway.json_bodies import JsonRoute
 from trimtab.gateway.problems import POSTED, documented, refused
 from trimtab.gateway.room import room_of
-from trimtab.gateway.schemas import Text, TokenId
+from trimtab.gateway.schemas import Text, TokenIds
 from trimtab_client import Completion
 from trimtab_client.conversations import Prompt
 
 router = APIRouter(route_class=JsonRoute, tags=["dialects"])
-
-Ids = Annotated[list[TokenId], Field(min_length=1)]
 
 
 def _kind(value: object) -> str:
@@ -43,9 +41,9 @@ def _kind(value: object) -> str:
 
 Prompts = Annotated[
     Annotated[Text, Tag("<text>")]
-    | Annotated[list[Text], Field(min_length=1), Tag("<texts>")]
-    | Annotated[Ids, Tag("<ids>")]
-    | Annotated[list[Ids], Field(min_length=1), Tag("<id lists>")],
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("<texts>")]
+    | Annotated[TokenIds, Tag("<ids>")]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("<id lists>")],
     Discriminator(_kind),
 ]
 

@@ -35,8 +35,8 @@ class RemoteRewardBody(Body):
         },
     )
 
-    query: Annotated[list[Text], Field(min_length=1)]
-    prompts: list[Text] | None = None
+    query: Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+    prompts: Annotated[list[Text], Field(fail_fast=True)] | None = None
     labels: Any = None
 
 

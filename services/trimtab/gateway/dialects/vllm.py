@@ -22,7 +22,7 @@ from trimtab.gateway.schemas import Body, Text
 router = APIRouter(route_class=JsonRoute, tags=["dialects"])
 
 WORDS = {"texts.items": "input", "scorer": "model"}
-Texts = Annotated[list[Text], Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 
 
 class ClassifyBody(Body):
