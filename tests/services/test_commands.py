@@ -160,6 +160,25 @@ def test_keys_are_listed_without_secrets_and_changes_are_noted_with_who_and_when
     assert all(act["who"].startswith("operator:") and act["when"] and "anna" in act["target"] for act in acts)
 
 
+def test_who_may_label_is_noted_with_who_and_when_and_no_token(tmp_path: Path) -> None:
+    database = ("--database", str(tmp_path / "labels.sqlite"))
+    tokens = [
+        trimtab("label", "labeler", "add", "ann", "--role", "lead", *database).stdout.strip(),
+        trimtab("label", "labeler", "token", "ann", *database).stdout.strip(),
+    ]
+    assert all(tokens) and trimtab("label", "labeler", "add", "ann", *database).returncode == 1
+    trimtab("label", "labeler", "delete", "ann", "--yes", *database)
+    text = (tmp_path / "labels.audit.jsonl").read_text()
+    acts = [json.loads(line) for line in text.splitlines()]
+    assert [(act["what"], act["target"]) for act in acts] == [
+        ("labeler add", "ann: lead"),
+        ("labeler token", "ann"),
+        ("labeler delete", "ann"),
+    ]
+    assert all(act["who"].startswith("operator:") and act["when"] for act in acts)
+    assert not any(token in text for token in tokens)
+
+
 def test_no_service_listens_beyond_this_machine_in_the_clear_unless_told_to(tmp_path: Path) -> None:
     refused = trimtab("serve", "trainer", "--host", "0.0.0.0", "--port", "0", "--store", str(tmp_path / "s"))
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1

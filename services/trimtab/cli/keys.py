@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from trimtab.runtime.audit import AuditLog
+from trimtab.cli.auditing import AuditFile, open_audit
 
 app = typer.Typer(
     name="keys",
@@ -20,10 +19,6 @@ app = typer.Typer(
 )
 
 KeysFile = Annotated[Path, typer.Option("--file", envvar="TRIMTAB_AUTH__KEYS_FILE", help="The file of keys.")]
-AuditFile = Annotated[
-    Path | None,
-    typer.Option(envvar="TRIMTAB_AUTH__AUDIT_FILE", help="Where the change is noted; default: beside the file."),
-]
 DEFAULT_FILE = Path("keys.yaml")
 
 
@@ -40,11 +35,12 @@ def add(
 ) -> None:
     """Make a key and print its token, which is kept nowhere: this is the one time it is shown."""
     from trimtab.cli.errors import CommandError
-    from trimtab.runtime.keys import add_key, operator
+    from trimtab.runtime.audit import operator
+    from trimtab.runtime.keys import add_key
 
     if out is not None and out.exists():
         raise CommandError(f"{out} exists; a token is never written over another file")
-    log = _audit(audit_file, file)
+    log = open_audit(audit_file, file.with_suffix(".audit.jsonl"))
     expires = None if days is None else datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
     key, token = add_key(file, name, role, expires=expires)
     log.act(who=operator(), what="keys add", target=f"{key.name} ({key.id}): {' '.join(key.roles)}")
@@ -75,17 +71,10 @@ def revoke(
     audit_file: AuditFile = None,
 ) -> None:
     """Take a key out of its file; servers refuse it from their next call on."""
-    from trimtab.runtime.keys import operator, revoke_key
+    from trimtab.runtime.audit import operator
+    from trimtab.runtime.keys import revoke_key
 
-    log = _audit(audit_file, file)
+    log = open_audit(audit_file, file.with_suffix(".audit.jsonl"))
     for key in revoke_key(file, which):
         log.act(who=operator(), what="keys revoke", target=f"{key.name} ({key.id})")
         typer.echo(f"revoked {key.name} ({key.id})", err=True)
-
-
-def _audit(path: Path | None, keys_file: Path) -> AuditLog:
-    from trimtab.runtime.audit import AuditLog
-    from trimtab.runtime.logs import configure_logs
-
-    configure_logs("warning")  # the command says itself what it did
-    return AuditLog(path or keys_file.with_suffix(".audit.jsonl"))

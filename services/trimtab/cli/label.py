@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trimtab.cli.auditing import AuditFile, open_audit
 from trimtab.cli.errors import CommandError
 
 if TYPE_CHECKING:
     from trimtab.labeling.database import Database
+    from trimtab.runtime.audit import AuditLog
 
 app = typer.Typer(
     name="label",
@@ -150,13 +152,17 @@ def add(
     name: Annotated[str, typer.Argument(help="The name that they sign in with.")],
     role: Annotated[str, typer.Option(help="labeler, lead or admin.")] = "labeler",
     database: DatabaseUrl = DEFAULT_DATABASE,
+    audit_file: AuditFile = None,
 ) -> None:
     """Add a person; their access token goes to stdout and is not kept."""
     from trimtab.labeling.labelers import add_labeler
     from trimtab.labeling.vocabulary import Role
+    from trimtab.runtime.audit import operator
 
+    log = _audit(audit_file, database)
     with _open(database) as opened, opened.write() as session:
         _, token = add_labeler(session, name, _choice(Role, role, "--role"), datetime.now(UTC))
+    log.act(who=operator(), what="labeler add", target=f"{name}: {role}")
     typer.echo(token)
 
 
@@ -174,12 +180,19 @@ def list_labelers(database: DatabaseUrl = DEFAULT_DATABASE) -> None:
 
 
 @labelers.command("token")
-def token(name: Annotated[str, typer.Argument(help="Whose.")], database: DatabaseUrl = DEFAULT_DATABASE) -> None:
+def token(
+    name: Annotated[str, typer.Argument(help="Whose.")],
+    database: DatabaseUrl = DEFAULT_DATABASE,
+    audit_file: AuditFile = None,
+) -> None:
     """A new access token in place of the old one, which ends at once."""
     from trimtab.labeling.labelers import renew_token
+    from trimtab.runtime.audit import operator
 
+    log = _audit(audit_file, database)
     with _open(database) as opened, opened.write() as session:
         fresh = renew_token(session, name)
+    log.act(who=operator(), what="labeler token", target=name)
     typer.echo(fresh)
 
 
@@ -199,14 +212,18 @@ def delete(
     name: Annotated[str, typer.Argument(help="Whose.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     database: DatabaseUrl = DEFAULT_DATABASE,
+    audit_file: AuditFile = None,
 ) -> None:
     """Delete a person and all they did."""
     from trimtab.labeling.labelers import delete_labeler
+    from trimtab.runtime.audit import operator
 
     if not yes:
         typer.confirm(f"Delete {name} and every ranking of theirs?", abort=True)
+    log = _audit(audit_file, database)
     with _open(database) as opened, opened.write() as session:
         count = delete_labeler(session, name)
+    log.act(who=operator(), what="labeler delete", target=name)
     typer.echo(f"{name} and {count} judgments are deleted")
 
 
@@ -267,6 +284,10 @@ def results(name: CampaignName, database: DatabaseUrl = DEFAULT_DATABASE) -> Non
         interval = f"{100 * rate.rate:.1f} % ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
         counts = f"{rate.wins} won, {rate.ties + rate.identical} tied, {rate.losses} lost on {rate.tasks} tasks"
         typer.echo(f"{rate.challenger or '?'} over {rate.base or '?'}: {interval}; {counts}")
+
+
+def _audit(given: Path | None, database: str) -> AuditLog:
+    return open_audit(given, None if "://" in database else Path(database).with_suffix(".audit.jsonl"))
 
 
 def _import(database: Database, name: str, file: Path) -> None:

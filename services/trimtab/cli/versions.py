@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trimtab.cli.auditing import AuditFile, open_audit
 from trimtab.cli.errors import CommandError
 
 if TYPE_CHECKING:
@@ -130,11 +131,13 @@ def verify(
 
 
 @app.command()
-def rollback(version: Version, store: StoreUrl = DEFAULT_STORE) -> None:
+def rollback(version: Version, store: StoreUrl = DEFAULT_STORE, audit_file: AuditFile = None) -> None:
     """Make an earlier version current, the one before the current by default. It is verified first."""
+    from trimtab.runtime.audit import operator
     from trimtab.weights.sources import parse_reference
 
     opened = _open(store)
+    log = open_audit(audit_file, None if "://" in store else Path(store) / ".audit.jsonl")
     reference = parse_reference(version)
     before = opened.current_version(reference.run_id, reference.name)
     step = reference.step
@@ -147,6 +150,7 @@ def rollback(version: Version, store: StoreUrl = DEFAULT_STORE) -> None:
         step = earlier[-1].version.step
     manifest = opened.verify(opened.get(reference.run_id, reference.name, step))
     opened.set_current(reference.run_id, reference.name, step)
+    log.act(who=operator(), what="versions rollback", target=f"{manifest.version} in {store}")
     was = f" (was @{before.step})" if before else ""
     typer.echo(f"current is {manifest.version}{was}")
 

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from trimtab.gateway.config import GatewayConfig
 from trimtab.gateway.problems import Problem
 from trimtab.gateway.rates import RateLimiter
+from trimtab.runtime.audit import AuditLog
 from trimtab.runtime.auth import Authenticator, Principal, require
 from trimtab.runtime.errors import ServiceError
 from trimtab.runtime.roles import ANY, PUBLIC
@@ -39,6 +40,8 @@ STATIC = "/dashboard/static/{name}"
 NO_CREDENTIALS = frozenset({"/healthz"})
 WAY_IN = frozenset({"/dashboard/sign-in", "/dashboard/session", STATIC})
 """What a browser needs before anybody has signed in; /dashboard/session looks at the token that it is sent."""
+AUDITED = {"/dashboard/roll-back": "roll back"}
+"""What leaves a line in the audit log, by these words, also where a known caller may not do it."""
 OPEN_TO_ALL = NO_CREDENTIALS | WAY_IN
 
 
@@ -64,6 +67,7 @@ class Gate:
     """Admits callers by credentials, role and rate."""
 
     def __init__(self, config: GatewayConfig, authenticator: Authenticator) -> None:
+        self.audit = AuditLog(config.auth.audit_file)
         self._authenticator = authenticator
         self._rates = RateLimiter(config.requests_per_s, config.burst) if config.requests_per_s is not None else None
 
@@ -85,10 +89,18 @@ class Gate:
             return Caller(PUBLIC)
         try:
             principal = await self._authenticator.admit(headers, names)
-            require(principal, ROLES.get(route or "", ANY))
+            self._require(principal, route or "", host)
         except ServiceError as error:
             raise Problem(error.code.name, error.message, retry_after_s=error.retry_after_s) from None
         return self.count(principal, host)
+
+    def _require(self, principal: Principal, route: str, host: str) -> None:
+        try:
+            require(principal, ROLES.get(route, ANY))
+        except ServiceError as error:
+            if route in AUDITED:
+                self.audit.act(who=principal.name, what=AUDITED[route], outcome=error.code.name, peer=host)
+            raise
 
     def count(self, principal: Principal, host: str) -> Caller:
         """Count a request of this caller, on either port; Problem 429 where there were too many."""

@@ -50,10 +50,11 @@ HEADERS = (
 
 @dataclass(frozen=True)
 class Visit:
-    """One request: its id, its caller and its deadline, on `time.monotonic`."""
+    """One request: its id, its caller and the host that they call from, its deadline on `time.monotonic`."""
 
     request_id: str
     caller: Caller
+    host: str
     until: float
 
     @property
@@ -114,7 +115,7 @@ class Guard:
             if body and "json" not in headers.get("content-type", ""):
                 problem = "content-type: send application/json"
                 raise Problem("INVALID_ARGUMENT", problem, field="content-type", status=415)
-            visit = Visit(answer.request_id, caller, time.monotonic() + timeout_s)
+            visit = Visit(answer.request_id, caller, host, time.monotonic() + timeout_s)
             await _run(self._app, {**scope, "trimtab.visit": visit}, body, receive, answer, timeout_s + LATE_S)
 
     def _timeout_s(self, headers: Headers) -> float:

@@ -4,6 +4,7 @@ Each act is one structured line in the log (`event: audit`) and, with `auth.audi
 on disk before the act is answered. Refused acts of known callers are there too. Requests' content never is, nor tokens.
 """
 
+import getpass
 import json
 import os
 import threading
@@ -56,3 +57,11 @@ def target_of(request: Any) -> str:
         version = request.version
         return f"{version.run_id}/{version.name}@{version.step}"[:300]
     return str(request.run_id)[:300] if "run_id" in fields else ""
+
+
+def operator() -> str:
+    """Who runs a command on this machine."""
+    try:
+        return f"operator:{getpass.getuser()}"
+    except (KeyError, OSError):
+        return f"operator:uid-{os.getuid()}"

@@ -6,7 +6,6 @@ server reads one again when it changes.
 """
 
 import fcntl
-import getpass
 import os
 import re
 import secrets
@@ -129,14 +128,6 @@ def revoke_key(path: Path, which: str) -> list[Key]:
         for key in gone:
             del keys[key.id]
     return gone
-
-
-def operator() -> str:
-    """Who changes a file of keys, for the audit log."""
-    try:
-        return f"operator:{getpass.getuser()}"
-    except (KeyError, OSError):
-        return f"operator:uid-{os.getuid()}"
 
 
 def _hash(secret: str) -> str:

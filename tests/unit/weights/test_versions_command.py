@@ -1,12 +1,14 @@
 """`trimtab versions` on a real store, through the real app."""
 
 import json
+import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from typer.testing import CliRunner
 
 from trimtab.cli.errors import CommandError
@@ -31,6 +33,17 @@ def filled(local_store: Store, make_folder: MakeFolder, monkeypatch: pytest.Monk
         )
     monkeypatch.setenv("TRIMTAB_STORE", local_store.url)
     return local_store
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A command sets up its process's logs, and this process is not its own."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
 
 
 def run(*arguments: str) -> str:
@@ -81,6 +94,18 @@ def test_rollback_goes_one_back_or_to_the_step_named(filled: Store) -> None:
     result = CliRunner().invoke(app, ["rollback", "run-1/policy"])
     assert "there is no version of run-1/policy before step 1" in str(result.exception)
     assert current_step(filled) == 1
+
+
+def test_a_rollback_is_noted_in_the_store_or_where_it_is_told_to(filled: Store, tmp_path: Path) -> None:
+    run("rollback", "run-1/policy@2")
+    run("rollback", "run-1/policy@3", "--audit-file", str(tmp_path / "acts.jsonl"))
+    (own,) = (Path(filled.url) / ".audit.jsonl").read_text().splitlines()
+    (told,) = (tmp_path / "acts.jsonl").read_text().splitlines()
+    for line, step in ((own, 2), (told, 3)):
+        act = json.loads(line)
+        assert (act["what"], act["outcome"]) == ("versions rollback", "OK") and act["who"].startswith("operator:")
+        assert act["target"] == f"run-1/policy@{step} in {filled.url}"
+    assert {manifest.version.run_id for manifest in filled.versions()} == {"run-1"}
 
 
 def test_rollback_to_a_damaged_version_is_refused(filled: Store) -> None:

@@ -10,9 +10,10 @@ from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
+from trimtab.gateway.access import AUDITED
 from trimtab.gateway.config import GatewayConfig
-from trimtab.gateway.dashboard.pages import page, roles_of
-from trimtab.gateway.guard import visit_of
+from trimtab.gateway.dashboard.pages import gate_of, page, roles_of
+from trimtab.gateway.guard import Visit, visit_of
 from trimtab.gateway.problems import Problem
 from trimtab.gateway.schemas import STEP_MAX
 from trimtab.runtime.audit import AuditLog
@@ -24,6 +25,7 @@ from trimtab.weights.store import Store, open_store
 router = APIRouter(include_in_schema=False)
 SHOWN_METRICS = ("normalized_score_mean", "kl_nats_per_sequence", "loss", "validation_pair_accuracy")
 NEWEST = 50
+ROLL_BACK = "/dashboard/roll-back"
 
 
 class RollBack(BaseModel):
@@ -52,7 +54,6 @@ class VersionShelf:
             self.store: Store | None = open_store(config.store) if config.store else None
         except StoreError as error:
             raise StartError(f"store: {error}") from None
-        self.audit = AuditLog(config.auth.audit_file)
 
     def read(self) -> list[Shelf]:
         """Every model with its newest versions. Raises StoreError."""
@@ -83,15 +84,23 @@ async def versions(request: Request) -> Response:
     return await page(request, "versions", shelves=shelves, trouble=trouble, may_move=may_move)
 
 
-@router.post("/dashboard/roll-back")
+@router.post(ROLL_BACK)
 async def roll_back(request: Request, asked: Annotated[RollBack, Body()]) -> Response:
     """Move a model's pointer to a version that it has; services that follow it serve it soon."""
     shelf: VersionShelf = request.app.state.versions
     if shelf.store is None:
         raise Problem("NOT_FOUND", "this gateway has no store")
-    outcome = "OK"
+    moved = await asyncio.to_thread(_move, shelf.store, asked, gate_of(request).audit, visit_of(request))
+    return JSONResponse({"version": str(moved.version)})
+
+
+def _move(store: Store, asked: RollBack, audit: AuditLog, visit: Visit) -> Manifest:
+    """Move the pointer and note what came of it: all on one thread, which goes on where the caller hangs up."""
+    outcome = "INTERNAL"
     try:
-        moved = await asyncio.to_thread(shelf.store.set_current, asked.run_id, asked.name, asked.step)
+        moved = store.set_current(asked.run_id, asked.name, asked.step)
+        outcome = "OK"
+        return moved
     except VersionNotFoundError as error:
         outcome = "NOT_FOUND"
         raise Problem(outcome, str(error), field="step") from None
@@ -105,8 +114,7 @@ async def roll_back(request: Request, asked: Annotated[RollBack, Body()]) -> Res
         raise Problem(outcome, str(error)) from None
     finally:
         target = f"{asked.run_id}/{asked.name}@{asked.step}"
-        shelf.audit.act(who=visit_of(request).caller.name, what="roll back", target=target, outcome=outcome)
-    return JSONResponse({"version": str(moved.version)})
+        audit.act(who=visit.caller.name, what=AUDITED[ROLL_BACK], target=target, outcome=outcome, peer=visit.host)
 
 
 def _view(shelf: Shelf) -> dict[str, Any]:
