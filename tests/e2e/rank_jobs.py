@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -55,13 +56,28 @@ class Job:
 
     def kill_rank_after(self, rank: int, step: int) -> None:
         """SIGKILL one rank once a step is reported."""
+        self.wait_for(lambda: len(self.rows()) >= step)
+        pid = self._pid(rank)
+        assert pid is not None, f"rank {rank} does not run"
+        os.kill(pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """SIGKILL the job's own process, and only that."""
+        self.process.kill()
+        self.process.wait()
+
+    def runs(self, rank: int) -> bool:
+        """Whether torchrun has started the rank; it may still be importing."""
+        return self._pid(rank) is not None
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition holds, while the job runs."""
         deadline = time.monotonic() + LONGEST_S
-        while len(self.rows()) < step:
+        while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "log").read_text()
             time.sleep(0.02)
-        os.kill(self._pid(rank), signal.SIGKILL)
 
-    def _pid(self, rank: int) -> int:
+    def _pid(self, rank: int) -> int | None:
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 line, environment = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
@@ -70,7 +86,7 @@ class Job:
             mine = str(self.folder / "trainer.yaml").encode() in line
             if mine and f"RANK={rank}".encode() in environment.split(b"\0"):
                 return int(entry.name)
-        raise AssertionError(f"rank {rank} does not run")
+        return None
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         """The published model's parameters, once the job has ended well."""

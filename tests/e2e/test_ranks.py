@@ -1,6 +1,7 @@
 """A trainer of two ranks as a job under torchrun: each stage over gRPC, and kill -9 of either rank in mid-run."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,13 @@ from trimtab.models.policy import Policy
 from trimtab.models.scalar_head import ScalarModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.05)
 
 
 def farthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -49,6 +57,20 @@ def test_a_killed_rank_comes_back_by_torchrun_and_the_run_goes_on_from_its_last_
     assert [row["step"] for row in job.rows()] == list(range(1, 19))
     assert "restarts left" in (tmp_path / "log").read_text() or "following" in (tmp_path / "log").read_text()
     assert processes_of(tmp_path) == []
+
+
+def test_kill_9_of_the_job_takes_torchrun_and_ranks_along_and_the_next_job_goes_on(alone, tmp_path):
+    job = Job(tmp_path, "run", "sft", sft_values(tmp_path), torchrun=TORCHRUN)
+    job.wait_for(lambda: job.runs(0) and job.runs(1))  # they still import: not tied yet
+    job.kill()
+    eventually(lambda: processes_of(tmp_path) == [])
+    job = Job(tmp_path, "run", "sft", sft_values(tmp_path), torchrun=TORCHRUN)
+    job.wait_for(lambda: len(job.rows()) >= 5)
+    job.kill()
+    eventually(lambda: processes_of(tmp_path) == [], timeout_s=5)
+    job = Job(tmp_path, "run", "sft", sft_values(tmp_path), torchrun=TORCHRUN)
+    assert farthest(job.weights("policy"), alone) < 1e-5
+    assert [row["step"] for row in job.rows()] == list(range(1, 19))
 
 
 def test_two_ranks_make_the_reward_model_of_one(tmp_path):

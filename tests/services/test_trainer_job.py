@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trimtab.rounds.launchers.process import port_is_free
 from trimtab.rounds.launchers.services import free_ports
 from trimtab.weights.store import open_store
 
@@ -81,3 +82,21 @@ def test_a_job_that_is_evicted_says_so_and_the_next_one_goes_on(folder):
     assert reached < 320
     log = (folder / "log").read_text()
     assert min(steps(folder)) >= reached - 1 or f'"step": {reached}' in log
+
+
+@pytest.mark.slow
+def test_kill_9_of_a_job_takes_its_trainer_along_and_the_next_one_goes_on(folder):
+    first = start(folder)
+    deadline = time.monotonic() + 120
+    while len(steps(folder)) < 3:
+        assert first.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    port = yaml.safe_load((folder / "trainer.yaml").read_text())["port"]
+    deadline = time.monotonic() + 5
+    while not port_is_free(f"127.0.0.1:{port}"):
+        assert time.monotonic() < deadline, "the trainer outlives its job"
+        time.sleep(0.05)
+    assert start(folder).wait(120) == 0
+    assert steps(folder)[-1] == 8

@@ -8,8 +8,11 @@ one rank would take. With one rank every method here does nothing, and torch.dis
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
+import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +24,7 @@ from trimtab.models.sharded import shard
 
 T = TypeVar("T")
 
+PR_SET_PDEATHSIG = 1
 MEETING = timedelta(seconds=60)
 PATIENCE = timedelta(days=30)
 """How long ranks wait for rank 0's next word. One that dies ends the others at once: torchrun sees to it."""
@@ -201,6 +205,22 @@ ALONE = Ranks()
 def follows() -> bool:
     """Whether torchrun started this process as another rank than 0."""
     return "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
+def end_with_launcher() -> None:
+    """Tie a rank's life to torchrun's, which starts ranks in sessions of their own: killed, it would leave them behind.
+
+    Call it on the main thread: the tie is the thread's. Elsewhere than on Linux it does nothing. SystemExit where
+    torchrun was started by `trimtab job` and is gone already.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    launcher = os.environ.get("TETHERED_PID")
+    if launcher is not None and int(launcher) != os.getppid():
+        raise SystemExit(1)
 
 
 def share_out(sizes: Sequence[int], ranks: int) -> list[list[int]]:

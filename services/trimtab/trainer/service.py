@@ -22,7 +22,7 @@ from trimtab.trainer.context import StageContext
 from trimtab.trainer.durable import held
 from trimtab.trainer.metric_sinks import METRIC
 from trimtab.trainer.past_runs import past_run, past_run_ids
-from trimtab.trainer.ranks import ALONE, Ranks, RanksApartError, follows
+from trimtab.trainer.ranks import ALONE, Ranks, RanksApartError, end_with_launcher, follows
 from trimtab.trainer.run import Run, RunFailedError, RunSnapshot, RunState, StepMetrics, StopRun
 from trimtab.trainer.run_record import OtherConfigError, RunFolder, RunRecord
 from trimtab.trainer.sample_wire import read_samples
@@ -43,6 +43,7 @@ LISTED_RUNS = 20
 
 def main(config: TrainerConfig) -> int:
     """Serve until SIGTERM, or follow the rank that does; returns the exit code."""
+    end_with_launcher()
     if follows():
         return follow(config, Ranks.join(config.device))
     return serve(LABEL, config, services=SERVICES, load=load)

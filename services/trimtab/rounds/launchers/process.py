@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,6 +91,11 @@ class ProcessStatus:
     message: str
     log_path: Path
     since: float  # time.monotonic() of the last change of state
+
+
+def tethered(command: Sequence[str]) -> list[str]:
+    """The command as one whose process the kernel kills when the thread of this process that starts it is gone."""
+    return [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), *command]
 
 
 def is_serving(address: str, service: str, timeout_s: float = 1.0) -> bool:
@@ -206,11 +211,10 @@ class SupervisedProcess:
         if self.state == ProcessState.WAITING:
             self._restarts += 1
         self.spec.log_path.parent.mkdir(parents=True, exist_ok=True)
-        tether = (sys.executable, "-I", "-S", str(TETHER), str(os.getpid()))
         with self.spec.log_path.open("ab") as log:
             self._log_start = log.tell()
             self._popen = subprocess.Popen(
-                [*tether, *self.spec.command],
+                tethered(self.spec.command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

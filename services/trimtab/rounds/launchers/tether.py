@@ -3,6 +3,8 @@
 The kernel kills the process the moment its parent is gone, even if the parent was SIGKILLed and could
 tidy up nothing (Linux PR_SET_PDEATHSIG, which survives exec). It is a script of its own, because running
 Python between fork and exec inside a parent with threads can deadlock. Elsewhere than on Linux it only execs.
+
+The command finds its own process id in TETHERED_PID, and so do its children: they see whether it is still their parent.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ def main() -> int:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         return 1
+    os.environ["TETHERED_PID"] = str(os.getpid())
     os.execvp(sys.argv[2], sys.argv[2:])
 
 

@@ -22,7 +22,7 @@ import yaml
 from google.protobuf import json_format
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trimtab.rounds.launchers.process import is_serving
+from trimtab.rounds.launchers.process import is_serving, tethered
 from trimtab.runtime.config import ServiceConfig
 from trimtab.runtime.logs import configure_logs, get_logger
 from trimtab_client import (
@@ -106,7 +106,7 @@ class TrainerJob:
     def execute(self) -> int:
         """Run to the end; returns DONE, FAILED, WRONG_SETTINGS or INTERRUPTED (SIGTERM: another pod shall go on)."""
         configure_logs(self.config.log_level, self.config.log_format)
-        child = subprocess.Popen(self.command)
+        child = subprocess.Popen(tethered(self.command))
         with _forwarding(child) as interrupted:
             code = self._hold(child, interrupted)
             if child.poll() is None:
