@@ -150,10 +150,12 @@ class StandIns:
 
 
 @asynccontextmanager
-async def standing_in(delays: Delays, ports: Mapping[str, int] | None = None) -> AsyncIterator[StandIns]:
+async def standing_in(
+    delays: Delays, ports: Mapping[str, int] | None = None, generator: type[StandInGenerator] = StandInGenerator
+) -> AsyncIterator[StandIns]:
     """Serve the three on loopback, on free ports where none are named."""
     servicers = {
-        "generator": StandInGenerator(delays),
+        "generator": generator(delays),
         "reward": StandInReward(delays),
         "reference": StandInReference(delays),
     }

@@ -1,16 +1,18 @@
 """Rollouts in flight: admission by staleness, episodes that outlive a kill, services that are away for a while."""
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import grpc.aio
 import numpy as np
 import pytest
 
 from benchmarks.overlap import TOKENIZER, ppo_config
-from benchmarks.stand_ins import DIGEST, Delays, StandIns, standing_in
+from benchmarks.stand_ins import DIGEST, Delays, StandInGenerator, StandIns, standing_in
 from trimtab.rounds.launchers.services import free_ports
 from trimtab.trainer.journal import Journal
 from trimtab.trainer.loop_thread import LoopThread
@@ -21,6 +23,7 @@ from trimtab.trainer.ppo.rollouts import RolloutClients
 from trimtab.trainer.run import Run, StopRun
 from trimtab.trainer.stages import PpoConfig
 from trimtab_client import ChannelOptions, ModelVersion
+from trimtab_client.v1 import generator_pb2, model_pb2
 
 QUICK = Delays(batch_size=8, generate_s=0.08, score_s=0.02, reference_s=0.02)
 NAMES = ("generator", "reward", "reference")
@@ -37,12 +40,32 @@ def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> None
         time.sleep(0.01)
 
 
+class FullDisk(StandInGenerator):
+    """Takes no version; a call that is pinned to one waits in vain, as a real generator lets it."""
+
+    async def LoadVersion(self, request: object, context: grpc.aio.ServicerContext) -> model_pb2.LoadVersionResponse:
+        return await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room for the version")
+
+    async def Generate(
+        self, request: generator_pb2.GenerateRequest, context: object
+    ) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        self.asked.append([])
+        await asyncio.sleep(600)
+        yield generator_pb2.GenerateResponse()
+
+
 @contextmanager
-def serving(delays: Delays = QUICK, ports: dict[str, int] | None = None) -> Iterator[StandIns]:
+def serving(
+    delays: Delays = QUICK,
+    ports: dict[str, int] | None = None,
+    generator: type[StandInGenerator] = StandInGenerator,
+) -> Iterator[StandIns]:
     with closing(LoopThread("stand-ins")) as loop:
-        servers = standing_in(delays, ports)
-        yield loop.submit(servers.__aenter__()).result()
-        loop.submit(servers.__aexit__(None, None, None)).result()
+        servers = standing_in(delays, ports, generator)
+        try:
+            yield loop.submit(servers.__aenter__()).result()
+        finally:
+            loop.submit(servers.__aexit__(None, None, None)).result()
 
 
 @contextmanager
@@ -171,3 +194,20 @@ def test_a_generator_that_starts_anew_is_given_the_version_again(tmp_path):
             rollouts.admit(version(1))
             batch = rollouts.take(2)
             assert {run.version for e in batch.in_order for run in e.completion.versions} == {version(1)}
+
+
+def test_a_replica_that_refuses_the_version_is_named_with_its_reason_and_delays_no_step(tmp_path):
+    with serving() as services, serving(generator=FullDisk) as full:
+        refusing = full.addresses["generator"]
+        both = f"{refusing},{services.addresses['generator']}"
+        config, run = ppo_config(services.addresses | {"generator": both}, 8, 3, 0), Run("run", "ppo")
+        config = config.model_copy(update={"service_timeout_s": 5.0})
+        with pipeline(config, tmp_path, run) as (rollouts, _):
+            for step in range(3):
+                rollouts.admit(version(step))
+                assert rollouts.take(step + 1).whole
+                assert (
+                    f"the generator at {refusing} cannot serve {version(step)}: "
+                    "RESOURCE_EXHAUSTED: no room for the version" in run.snapshot.activity
+                )
+        assert full.generator.asked == []

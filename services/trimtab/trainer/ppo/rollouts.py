@@ -64,7 +64,7 @@ class RolloutClients:
         self.timeout_s = config.service_timeout_s
         self.patience = Patience(self.timeout_s, say)
         options = replace(services, timeout_s=self.timeout_s, retries=OTHER_REPLICA_RETRIES)
-        self.generator = GeneratorPool(config.generator_address, options, self.timeout_s)
+        self.generator = GeneratorPool(config.generator_address, options, self.timeout_s, say)
         self.reward = AsyncRewardClient(config.reward_address, options)
         self.reference = AsyncReferenceClient(config.reference_address, options)
         self._names = {
