@@ -12,10 +12,11 @@ MEMINFO = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class Device:
-    """`cpu` or `cuda:N`, and the bytes of its memory that processes may still take."""
+    """`cpu` or `cuda:N`, the bytes of its memory that processes may still take, and all that a GPU has."""
 
     name: str
     free_bytes: int
+    gpu_bytes: int = 0
 
 
 def devices_at_hand() -> dict[str, Device]:
@@ -25,13 +26,13 @@ def devices_at_hand() -> dict[str, Device]:
     found = {CPU: Device(CPU, host_free_bytes())}
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
-            found[f"cuda:{number}"] = Device(f"cuda:{number}", torch.cuda.mem_get_info(number)[0])
+            found[f"cuda:{number}"] = Device(f"cuda:{number}", *torch.cuda.mem_get_info(number))
     return found
 
 
 def devices_given(gpus: int, gpu_memory_bytes: int) -> dict[str, Device]:
     """Another machine's GPUs. Nothing is known of its host memory, so nothing is checked against it."""
-    return {f"cuda:{number}": Device(f"cuda:{number}", gpu_memory_bytes) for number in range(gpus)}
+    return {f"cuda:{number}": Device(f"cuda:{number}", gpu_memory_bytes, gpu_memory_bytes) for number in range(gpus)}
 
 
 def host_free_bytes() -> int:

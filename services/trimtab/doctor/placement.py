@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from trimtab.doctor import memory
+from trimtab.doctor import memory, vllm
 from trimtab.doctor.devices import CPU, Device
 from trimtab.doctor.finding import Finding, failed, ok, skipped
 from trimtab.doctor.memory import Need
@@ -28,11 +28,16 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Placed:
-    """One process's need on one device."""
+    """One process's need on one device.
+
+    Attributes:
+        reserved: whether CUDA's context and the allocator's fragments are in it.
+    """
 
     process: str
     device: str
     need: Need
+    reserved: bool = False
 
 
 def memory_findings(
@@ -42,17 +47,16 @@ def memory_findings(
 
     `default` is the trainer's device where the files name none; `running` services hold their memory already.
     """
-    findings, services = [], []
+    findings: list[Finding] = []
+    services: list[Placed] = []
     for name in sorted(plan.services.keys() - running):
-        config = plan.services[name]
         try:
-            need = service_need(plan, name, store)
+            finding, placed = service_memory(plan, name, store, devices)
         except UnknownShapeError as error:
             findings.append(_unknown(f"memory of the {name}", str(error)))
             continue
-        if need is not None:
-            services.append(Placed(name, _indexed(config.device), need))
-    findings += [ok(f"memory of the {placed.process}", describe(placed)) for placed in services]
+        findings += finding
+        services += placed
     trained = plan.trainer_device or default
     for planned in plan.stages:
         check = f"memory of {planned.name}"
@@ -80,8 +84,43 @@ def fits(placed: Iterable[Placed], devices: Mapping[str, Device], what: str) -> 
     return [_fit(name, by_device[name], devices, what) for name in sorted(by_device)]
 
 
+def service_memory(
+    plan: Plan, name: str, store: Store | None, devices: Mapping[str, Device]
+) -> tuple[list[Finding], list[Placed]]:
+    """What a service keeps where; nothing of one without a model. Raises UnknownShapeError."""
+    config, check = plan.services[name], f"memory of the {name}"
+    if isinstance(config, GeneratorConfig) and config.engine == "vllm":
+        shape = shape_of(config.model, store, plan.like)
+        if config.device != CPU:
+            return _shares(check, name, config, shape, devices)
+        need = vllm.on_cpu(config, shape)
+    else:
+        need = service_need(plan, name, store)
+    placed = [] if need is None else [Placed(name, _indexed(config.device), need)]
+    return [ok(check, describe(one)) for one in placed], placed
+
+
+def _shares(
+    check: str, name: str, config: GeneratorConfig, shape: ModelShape, devices: Mapping[str, Device]
+) -> tuple[list[Finding], list[Placed]]:
+    """vLLM's part of each of its GPUs: its share, or what it must hold where that is more by the cache asked for."""
+    must = vllm.least(config, shape)
+    must = Need({**must.parts, "CUDA": CONTEXT_BYTES})
+    placed = []
+    for gpu in vllm.gpus(config):
+        share = vllm.share(config, devices[gpu].gpu_bytes) if gpu in devices else 0
+        need = Need({"vLLM's share": share}) if share >= must.total else must
+        placed.append(Placed(name, gpu, need, reserved=True))
+        if gpu in devices and share < must.total and config.vllm.kv_cache_gib is None:
+            detail = f"vLLM's share of {gpu} is {in_gib(share)} GiB, it must hold {describe(placed[-1])}"
+            fix = "a larger vllm.gpu_memory_utilization or tensor_parallel_size, or a smaller max_length"
+            return [failed(check, detail, fix)], []
+    count = f", and as much on each of {len(placed)} GPUs" if len(placed) > 1 else ""
+    return [ok(check, f"{describe(placed[0])}{count}; it must hold {in_gib(must.total)} GiB")], placed
+
+
 def service_need(plan: Plan, name: str, store: Store | None) -> Need | None:
-    """What a service keeps; None for one without a model. Raises UnknownShapeError."""
+    """What a service keeps that computes by itself; None for one without a model. Raises UnknownShapeError."""
     config, ppo = plan.services[name], plan.ppo
     if isinstance(config, GeneratorConfig):
         shape = shape_of(config.model, store, plan.like)
@@ -148,8 +187,9 @@ def _fit(name: str, placed: list[Placed], devices: Mapping[str, Device], what: s
         there = ", ".join(sorted(devices)) or "none"
         return failed(check, f"there is no {name} (there is {there})", "name a device that is there, or give --gpus")
     on_gpu = name != CPU
-    need = sum(one.need.total + (CONTEXT_BYTES if on_gpu else 0) for one in placed)
-    room = int(device.free_bytes * (USABLE if on_gpu else 1.0))
+    need = sum(one.need.total + (CONTEXT_BYTES if on_gpu and not one.reserved else 0) for one in placed)
+    reserved = sum(one.need.total for one in placed if one.reserved)
+    room = reserved + int((device.free_bytes - reserved) * (USABLE if on_gpu else 1.0))
     processes = " + ".join(f"{one.process} {in_gib(one.need.total)}" for one in placed)
     detail = f"{in_gib(need)} of {in_gib(room)} GiB ({processes})"
     if need <= room:
@@ -165,6 +205,8 @@ def _fix(placed: list[Placed]) -> str:
         return f"{largest.process}: activation_checkpointing: true, or fewer micro_batch_tokens"
     if part == "activations":
         return f"{largest.process}: fewer batch_tokens or prefill_tokens"
+    if largest.reserved:
+        return f"{largest.process}: a smaller vllm.gpu_memory_utilization or vllm.kv_cache_gib, or a device of its own"
     if part == "KV cache":
         return f"{largest.process}: fewer max_slots or a smaller max_length"
     if "trainer" in largest.process:
