@@ -88,8 +88,9 @@ def _with_rounds(plan: Plan, path: Path, values: dict[str, Any]) -> Plan:
     stages = tuple(_round_stage(recipe, name, section, path) for name, section in sections.items())
     services = {name: _service(name, {"model": recipe.model, "port": 0}) for name in MODELS}
     filled = {f"{name}.{key}" for name, keys in FILLED_IN.items() for key in keys}
-    store = str(Path("runs") / recipe.name / "store")
-    return replace(plan, stages=stages, services=services, store=store, own_data=frozenset(filled))
+    folder = Path("runs") / recipe.name
+    plan = replace(plan, stages=stages, services=services, own_data=frozenset(filled))
+    return replace(plan, store=str(folder / "store"), folder=folder / "runs")
 
 
 def _round_stage(recipe: Recipe, name: str, section: Mapping[str, Any], path: Path) -> Planned:

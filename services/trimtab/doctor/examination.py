@@ -11,7 +11,7 @@ from trimtab.doctor.kernels import kernel_findings
 from trimtab.doctor.placement import memory_findings
 from trimtab.doctor.plan import Plan
 from trimtab.doctor.services import reach, running, same_tokens
-from trimtab.doctor.storage import data_findings, store_findings
+from trimtab.doctor.storage import data_findings, disk_findings, store_findings
 from trimtab.weights.errors import StoreError
 from trimtab.weights.store import Store, open_store
 
@@ -32,7 +32,8 @@ def examine(plan: Plan, given: Mapping[str, Device] | None) -> Iterator[Finding]
     already = running(plan) if given is None else frozenset()
     yield from memory_findings(plan, store, devices, default_device(devices), already)
     questions: tuple[Callable[[], list[Finding]], ...] = (
-        lambda: store_findings(plan, store, here=given is None),
+        lambda: store_findings(plan, store),
+        lambda: disk_findings(plan, store) if given is None else [],
         lambda: data_findings(plan),
         lambda: kernel_findings(_computes_on(plan, default_device(devices)), set(here)),
         lambda: dry_step(plan, served, store),

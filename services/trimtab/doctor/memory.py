@@ -117,6 +117,14 @@ def trained_model(shape: ModelShape, setting: Setting, *, scalar: bool = False, 
     return Need({name: size for name, size in parts.items() if size})
 
 
+def adapter_parameters(shape: ModelShape, rank: int, *, scalar: bool = False) -> int:
+    """Of LoRA's adapters, at most those of all linear layers of the body, and of a scalar head, which trains whole."""
+    keys = shape.kv_heads * shape.head_dim
+    attention = 2 * (shape.hidden + shape.attention_width) + 2 * (shape.hidden + keys)
+    mlp = (3 if shape.gated else 2) * (shape.hidden + shape.intermediate)
+    return shape.layers * rank * (attention + mlp) + (shape.hidden if scalar else 0)
+
+
 def adapted_model(
     shape: ModelShape, setting: Setting, rank: int, *, scalar: bool = False, average: bool = False
 ) -> Need:
@@ -125,10 +133,7 @@ def adapted_model(
     float32 weights that the frozen ones are rounded from while it is loaded.
     """
     c, parameters = setting.compute_bytes, shape.scalar_parameters if scalar else shape.parameters
-    keys = shape.kv_heads * shape.head_dim
-    attention = 2 * (shape.hidden + shape.attention_width) + 2 * (shape.hidden + keys)
-    mlp = (3 if shape.gated else 2) * (shape.hidden + shape.intermediate)
-    trained = shape.layers * rank * (attention + mlp) + (shape.hidden if scalar else 0)
+    trained = adapter_parameters(shape, rank, scalar=scalar)
     inside = setting.tokens * shape.layers * 14 * c * rank  # what A makes of the inputs of seven layers, and scaled
     head = 0 if scalar else head_bytes(shape, setting) - 4 * shape.head_parameters  # its weight has no gradient
     return Need(

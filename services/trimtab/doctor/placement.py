@@ -158,12 +158,17 @@ def service_need(plan: Plan, name: str, store: Store | None) -> Need | None:
 
 def stage_need(plan: Plan, planned: Planned, store: Store | None, *, on_cpu: bool) -> Need:
     """What one rank of a stage's trainer keeps. Raises UnknownShapeError."""
+    policy, value = stage_shapes(plan, planned, store)
+    return memory.trainer(planned.config, policy, value, on_cpu=on_cpu, ranks=plan.ranks)
+
+
+def stage_shapes(plan: Plan, planned: Planned, store: Store | None) -> tuple[ModelShape, ModelShape | None]:
+    """The model that a stage trains, and the value model beside it. Raises UnknownShapeError."""
     stage = planned.config
     policy = shape_of(stage.stage.model, store, plan.like)
-    value: ModelShape | None = None
-    if isinstance(stage, PpoConfig) and stage.advantage == "gae":
-        value = shape_of(stage.value_model, store, plan.like) if stage.value_model else policy
-    return memory.trainer(stage, policy, value, on_cpu=on_cpu, ranks=plan.ranks)
+    if not isinstance(stage, PpoConfig) or stage.advantage != "gae":
+        return policy, None
+    return policy, shape_of(stage.value_model, store, plan.like) if stage.value_model else policy
 
 
 def describe(placed: Placed) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trimtab.runtime.config import ServiceConfig
+from trimtab.trainer.config import TrainerConfig
 from trimtab.trainer.stages import PpoConfig, RewardModelConfig, SftConfig
 from trimtab_client import ChannelOptions
 
@@ -28,6 +30,7 @@ class Plan:
         stages: what is trained.
         services: what is started for it, by name ("generator", …), with its settings.
         store: where versions are published; None where the files do not say.
+        folder: where the trainer keeps its runs; None where its own settings say, or nothing does.
         called: the addresses that a PPO stage calls and nothing in the files starts, by service.
         own_data: names of stage settings that hold training data, which the rounds make themselves.
         ranks, local_ranks: processes of the trainer in all, and on this machine.
@@ -38,6 +41,7 @@ class Plan:
     stages: tuple[Planned, ...] = ()
     services: Mapping[str, ServiceConfig] = field(default_factory=dict)
     store: str | None = None
+    folder: Path | None = None
     called: Mapping[str, str] = field(default_factory=dict)
     own_data: frozenset[str] = frozenset()
     ranks: int = 1
@@ -49,6 +53,17 @@ class Plan:
     def ppo(self) -> PpoConfig | None:
         """The PPO stage, if there is one."""
         return next((stage.config for stage in self.stages if isinstance(stage.config, PpoConfig)), None)
+
+    @property
+    def trainer(self) -> TrainerConfig:
+        """The trainer's settings; as they are by themselves where the files start none."""
+        trainer = self.services.get("trainer")
+        return trainer if isinstance(trainer, TrainerConfig) else TrainerConfig()
+
+    @property
+    def runs(self) -> Path:
+        """Where checkpoints lie."""
+        return self.folder or self.trainer.folder
 
     @property
     def trainer_device(self) -> str | None:
