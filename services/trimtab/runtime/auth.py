@@ -37,12 +37,14 @@ from trimtab.runtime.reloading import Reloading
 from trimtab.runtime.roles import ANY, PUBLIC, ROLES
 
 METADATA_KEY = "authorization"
+UNKNOWN = "the bearer token is not known here"
 
 # A checked token is believed so long without another check; a key taken out of its file ends at once all the same.
 REMEMBER_S = 60.0
 REFUSED_REMEMBER_S = 10.0
 REMEMBER_TOKENS = 4096
-# Checks that may wait in line: each takes some 20 ms of one thread.
+KEYS, TOKENS = "keys", "tokens"
+# Checks of one kind that may wait in line: each of a key takes some 20 ms of one thread.
 LONGEST_LINE = 64
 
 Headers = Mapping[str, str] | Iterable[tuple[str, str | bytes]]
@@ -90,9 +92,10 @@ class Authenticator:
         self._tokens = IdentityTokens(config.jwt)
         self._salt = os.urandom(32)
         self._lock = threading.Lock()
-        self._remembered: OrderedDict[bytes, _Checked] = OrderedDict()
-        self._threads = {kind: ThreadPoolExecutor(1, thread_name_prefix=f"check-{kind}") for kind in ("keys", "tokens")}
-        self._in_line = 0
+        self._accepted: OrderedDict[bytes, _Checked] = OrderedDict()
+        self._refused: OrderedDict[bytes, _Checked] = OrderedDict()  # apart: they must not push those out
+        self._threads = {kind: ThreadPoolExecutor(1, thread_name_prefix=f"check-{kind}") for kind in (KEYS, TOKENS)}
+        self._in_line = dict.fromkeys(self._threads, 0)
 
     @property
     def is_open(self) -> bool:
@@ -113,7 +116,7 @@ class Authenticator:
         return self._recall(token) or self._answer(self._check(token))
 
     async def admit(self, headers: Headers, certificate_names: Iterable[str] = ()) -> Principal:
-        """`authenticate` for event loops: at once for a token that was checked lately, else on a thread."""
+        """`authenticate` for event loops: at once where nothing is to be reckoned, else on a thread."""
         if self._config.is_open:
             return ANYONE
         token = _bearer(headers)
@@ -121,14 +124,15 @@ class Authenticator:
             return self._by_certificate(tuple(certificate_names))
         if (known := self._recall(token)) is not None:
             return known
-        if self._in_line >= LONGEST_LINE:
-            raise exhausted(f"{LONGEST_LINE} tokens wait to be checked", retry_after_s=1.0)
-        self._in_line += 1
+        kind = TOKENS if looks_like_jwt(token) else KEYS
+        if self._in_line[kind] >= LONGEST_LINE:
+            raise exhausted(f"{LONGEST_LINE} {kind} wait to be checked", retry_after_s=1.0)
+        self._in_line[kind] += 1
         try:
-            thread = self._threads["tokens" if looks_like_jwt(token) else "keys"]
+            thread = self._threads[kind]
             return self._answer(await asyncio.get_running_loop().run_in_executor(thread, self._check_once, token))
         finally:
-            self._in_line -= 1
+            self._in_line[kind] -= 1
 
     def close(self) -> None:
         """End its threads."""
@@ -136,14 +140,15 @@ class Authenticator:
             thread.shutdown(wait=False, cancel_futures=True)
 
     def _recall(self, token: str) -> Principal | None:
-        """The principal of a token checked lately; raises where it was refused lately; None: not known."""
-        checked = self._remembered_check(token)
+        """The principal of a token checked lately; raises where it was refused lately or names no key; None: check."""
+        checked = self._unknown(token) or self._remembered_check(token)
         return self._answer(checked) if checked is not None else None
 
     def _remembered_check(self, token: str) -> _Checked | None:
         keys = self._keys.get() if self._keys is not None else {}
+        digest = self._digest(token)
         with self._lock:
-            checked = self._remembered.get(self._digest(token))
+            checked = self._accepted.get(digest) or self._refused.get(digest)
         if checked is None or checked.until_s < time.monotonic():
             return None
         if checked.key is not None and (keys.get(checked.key.id) != checked.key or checked.key.expired()):
@@ -156,19 +161,37 @@ class Authenticator:
 
     def _check(self, token: str) -> _Checked:
         checked = self._check_jwt(token) if looks_like_jwt(token) else self._check_key(token)
-        with self._lock:
-            self._remembered[self._digest(token)] = checked
-            while len(self._remembered) > REMEMBER_TOKENS:
-                self._remembered.popitem(last=False)
+        if checked.until_s > 0:
+            self._remember(self._digest(token), checked)
         return checked
 
-    def _check_key(self, token: str) -> _Checked:
+    def _remember(self, digest: bytes, checked: _Checked) -> None:
+        remembered, other = self._accepted, self._refused
+        if checked.principal is None:
+            remembered, other = other, remembered
+        with self._lock:
+            other.pop(digest, None)
+            remembered[digest] = checked
+            remembered.move_to_end(digest)
+            while len(remembered) > REMEMBER_TOKENS:
+                remembered.popitem(last=False)
+
+    def _unknown(self, token: str) -> _Checked | None:
+        """The refusal of what names no key of here, which costs nothing; never remembered, as a key may be added."""
+        if looks_like_jwt(token) or self._key_of(token) is not None:
+            return None
+        return _Checked(None, UNKNOWN, 0.0)
+
+    def _key_of(self, token: str) -> Key | None:
         keys = self._keys.get() if self._keys is not None else {}
-        key = keys.get(token_id(token) or "")
-        if key is None or not matches(key, token):
-            # A key that is added later must be known at once: only a wrong secret, which costs a hash, is remembered.
-            until_s = time.monotonic() + REFUSED_REMEMBER_S if key is not None else 0.0
-            return _Checked(None, "the bearer token is not known here", until_s, key)
+        return keys.get(token_id(token) or "")
+
+    def _check_key(self, token: str) -> _Checked:
+        key = self._key_of(token)
+        if key is None:
+            return _Checked(None, UNKNOWN, 0.0)
+        if not matches(key, token):
+            return _Checked(None, UNKNOWN, time.monotonic() + REFUSED_REMEMBER_S, key)
         if key.expired():
             return _Checked(None, f"the key {key.name} has expired; have `trimtab keys add` make a new one", 0.0)
         return _Checked(Principal(f"key:{key.name}", frozenset(key.roles)), "", time.monotonic() + REMEMBER_S, key)

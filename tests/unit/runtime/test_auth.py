@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from grpc import StatusCode
 
-from trimtab.runtime.auth import ANYONE, Authenticator, Principal, require
+from trimtab.runtime import auth
+from trimtab.runtime.auth import ANYONE, LONGEST_LINE, REMEMBER_TOKENS, Authenticator, Principal, require
 from trimtab.runtime.auth_config import AuthConfig
 from trimtab.runtime.errors import ServiceError, StartError
-from trimtab.runtime.keys import KeyFileError, add_key, read_keys, revoke_key
+from trimtab.runtime.keys import KeyFileError, add_key, matches, read_keys, revoke_key
 
 
 @pytest.fixture
@@ -86,6 +87,46 @@ def test_a_known_token_costs_no_hash(keys_file):
     for _ in range(1000):
         authenticator.authenticate(headers)
     assert time.process_time() - started_s < 1.0  # a thousand hashes would take ten
+
+
+def test_thousands_of_refused_tokens_leave_a_known_one_costing_no_hash(keys_file, monkeypatch):
+    key, token = add_key(keys_file, "trainer", ["score"])
+    authenticator = Authenticator(AuthConfig(keys_file=keys_file))
+    hashed = []
+    monkeypatch.setattr(auth, "matches", lambda key, token: hashed.append(token) or matches(key, token))
+    authenticator.authenticate(bearer(token))
+    for number in range(REMEMBER_TOKENS + 10):
+        refusal(authenticator, bearer(f"tt_{number:012x}_{number:043d}"))
+        refusal(authenticator, bearer(f"ey{number}.a.b"))
+    wrong = f"tt_{key.id}_" + "a" * 43
+    for _ in range(3):
+        refusal(authenticator, bearer(wrong))
+        assert authenticator.authenticate(bearer(token)).name == "key:trainer"
+    assert hashed == [token, wrong]
+
+
+async def test_a_full_line_of_wrong_secrets_stops_neither_the_other_kind_nor_what_costs_nothing(keys_file):
+    key, token = add_key(keys_file, "trainer", ["score"])
+    authenticator = Authenticator(AuthConfig(keys_file=keys_file))
+    await authenticator.admit(bearer(token))
+    wrong = [f"tt_{key.id}_{number:043d}" for number in range(LONGEST_LINE + 1)]
+    waiting = [asyncio.create_task(authenticator.admit(bearer(each))) for each in wrong[1:]]
+    await asyncio.sleep(0)
+    codes = {}
+    for name, other in {"one more": wrong[0], "unknown": f"tt_{0:012x}_" + "a" * 43, "jwt": "ey.a.b"}.items():
+        with pytest.raises(ServiceError) as caught:
+            await authenticator.admit(bearer(other))
+        codes[name] = caught.value.code
+    assert codes == {
+        "one more": StatusCode.RESOURCE_EXHAUSTED,
+        "unknown": StatusCode.UNAUTHENTICATED,
+        "jwt": StatusCode.UNAUTHENTICATED,
+    }
+    assert (await authenticator.admit(bearer(token))).name == "key:trainer"
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    authenticator.close()
 
 
 async def test_many_calls_with_one_new_token_are_checked_once_and_the_loop_goes_on(keys_file):
