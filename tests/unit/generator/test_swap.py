@@ -1,5 +1,6 @@
 """Weight swaps between two decode steps: which version samples which token, and that nothing is lost."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
@@ -236,6 +237,35 @@ def test_sampling_waits_for_an_exchange_of_tensors_and_not_for_copies(lab: Modul
     assert swap.result() == lab.V2 and engine.pause_s > 0
     served = live.state_dict()
     assert all(served[name].data_ptr() == address for name, address in addresses.items())
+
+
+def test_a_version_that_cannot_be_made_ready_is_told_why_and_sampling_goes_on(lab: ModuleType, monkeypatch) -> None:
+    old, new = lab.build("llama", seed=0), lab.build("llama", seed=1)
+    engine = lab.engine_of(lab.build("llama", seed=0), max_slots=2)
+    monkeypatch.setattr(scheduler, "ELEMENTS_A_STEP", 1)
+    whole = engine._runner.prepare
+
+    def runs_out_of_memory(weights: StagedWeights) -> Iterator[int]:
+        yield next(whole(weights))
+        raise RuntimeError("no memory is left")
+
+    requests = [lab.request(i, prompt, seed=i, max_tokens=10) for i, prompt in enumerate(lab.random_prompts(3))]
+    engine.submit(requests)
+    steps(engine, 2)
+    monkeypatch.setattr(engine._runner, "prepare", runs_out_of_memory)
+    swap = engine.swap(staged(lab, new), SwapMode.KEEP)
+    finished = drain(engine)
+    with pytest.raises(RuntimeError, match="no memory is left"):
+        swap.result(timeout=0)
+    for asked in requests:
+        got = finished[asked.sequence_id]
+        assert got.runs == (TokenRun(lab.V1, 10),)
+        expected = lab.full_logprobs(old, asked.prompt_ids, got.token_ids, 1.0)
+        np.testing.assert_allclose(got.logprobs, expected, atol=1e-4)
+    monkeypatch.setattr(engine._runner, "prepare", whole)
+    again = engine.swap(staged(lab, new), SwapMode.KEEP)
+    drain(engine)
+    assert again.result(timeout=0) == lab.V2 == engine.version
 
 
 def test_patches_of_another_base_or_tensor_are_refused_and_change_nothing(lab: ModuleType) -> None:

@@ -252,12 +252,19 @@ class LocalEngine:
         """Do a step's share of making the version ready; whether all is done. One that can never come is dropped."""
         staged = pending.staged
         if isinstance(staged, StagedPatches) and staged.base != self._version:
-            error = ValueError(f"it was staged beside {staged.base}, not {self._version}")
-            self._forget(pending)
-            if pending.done.set_running_or_notify_cancel():
-                pending.done.set_exception(error)
+            self._drop(pending, ValueError(f"it was staged beside {staged.base}, not {self._version}"))
             return False
-        return pending.make_ready()
+        try:
+            return pending.make_ready()
+        except Exception as error:  # nothing that serves was touched: sequences go on
+            self._drop(pending, error)
+            return False
+
+    def _drop(self, pending: PendingSwap, error: Exception) -> None:
+        """Let a version go that cannot come; whoever asked for it is told why."""
+        self._forget(pending)
+        if pending.done.set_running_or_notify_cancel():
+            pending.done.set_exception(error)
 
     def _forget(self, pending: PendingSwap) -> None:
         with self._lock:
