@@ -218,8 +218,8 @@ def end_with_launcher() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    launcher = os.environ.get("TETHERED_PID")
-    if launcher is not None and int(launcher) != os.getppid():
+    tethered = os.environ.get("TETHERED_PID")  # torchrun's, or this process's own
+    if tethered is not None and int(tethered) not in (os.getppid(), os.getpid()):
         raise SystemExit(1)
 
 
