@@ -213,7 +213,7 @@ class _Call:
             raise ServiceError(
                 StatusCode.DEADLINE_EXCEEDED, f"the request did not arrive within {ARRIVAL_S:g} s of its call"
             ) from None
-        if payload is grpc.aio.EOF:
+        if not isinstance(payload, bytes):  # grpc.aio.EOF
             raise ServiceError(StatusCode.INVALID_ARGUMENT, "the call ended without a request")
         request = parsed(payload, parse, self._path)
         rule = rule_of(self._path)

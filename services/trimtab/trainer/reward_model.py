@@ -63,7 +63,7 @@ def run_reward_model(config: RewardModelConfig, context: StageContext) -> None:
         context.open_metrics(order.total_steps, done_steps) as writer,
         closing(SideBySide.of_ranks(context.device, context.threads, ranks)) as side_by_side,
     ):
-        step = done_steps
+        step, metrics = done_steps, {}
         for done, indices in order.batches(done_steps):
             rate = learning_rate(stage.optimizer, done, order.total_steps)
             context.run.doing("training")
