@@ -38,7 +38,6 @@ def _save_tokenizer(folder: Path, *, words: list[str], chat: bool) -> int:
 @pytest.fixture(scope="session")
 def make_tiny(tmp_path_factory) -> MakeModel:
     """make_tiny("policy" | "reward", seed=0, chat=True, words=…, edit=fn(model), **config): a folder; bos 0, eos 1."""
-    torch.set_num_threads(1)
 
     def make(
         kind: str,

@@ -57,7 +57,6 @@ def save_policy(folder: Path, seed: int, *, hidden: int = 32) -> Path:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three policies of one architecture and tokenizer."""
-    torch.set_num_threads(1)
     return [save_policy(tmp_path_factory.mktemp(f"policy{seed}"), seed) for seed in range(3)]
 
 

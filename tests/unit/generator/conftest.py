@@ -107,11 +107,6 @@ def lab() -> ModuleType:
     return sys.modules[__name__]
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def engine_of(model: PreTrainedModel, *, max_slots: int = 4, max_length: int = 128, **options: object) -> LocalEngine:
     settings = {"eos_token_ids": (EOS,), "version": V1, **options}
     return LocalEngine(model, byte_tokenizer(), max_slots=max_slots, max_length=max_length, **settings)  # type: ignore[arg-type]

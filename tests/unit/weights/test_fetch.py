@@ -191,7 +191,6 @@ def test_pull_makes_a_plain_folder(store: Store, make_folder: MakeFolder, tmp_pa
 def test_from_pretrained_reads_a_fetched_version(local_store: Store, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    torch.set_num_threads(1)
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
