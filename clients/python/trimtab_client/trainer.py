@@ -129,7 +129,10 @@ class TrainerClient(Client):
         return self._transport.unary(resume(run_id), timeout_s)
 
     def checkpoint(self, run_id: str = "", timeout_s: float | None = None) -> tuple[ModelVersion, ...]:
-        """Publish the weights after the current step; returns the versions."""
+        """Publish the weights after the current step; returns the versions.
+
+        `timeout_s` has to cover what is left of that step: a call that gives up before its end publishes nothing.
+        """
         return self._transport.unary(checkpoint(run_id), timeout_s)
 
     def stop(self, run_id: str = "", timeout_s: float | None = None) -> RunStatus:
@@ -169,7 +172,10 @@ class AsyncTrainerClient(AsyncClient):
         return await self._transport.unary(resume(run_id), timeout_s)
 
     async def checkpoint(self, run_id: str = "", timeout_s: float | None = None) -> tuple[ModelVersion, ...]:
-        """Publish the weights after the current step; returns the versions."""
+        """Publish the weights after the current step; returns the versions.
+
+        `timeout_s` has to cover what is left of that step: a call that gives up before its end publishes nothing.
+        """
         return await self._transport.unary(checkpoint(run_id), timeout_s)
 
     async def stop(self, run_id: str = "", timeout_s: float | None = None) -> RunStatus:
