@@ -145,7 +145,7 @@ async def test_a_hanging_rule_holds_up_nobody_and_is_ended(folders, function):
     scorers = {
         "backtracks": {"kind": "regex", "pattern": r"(a+)+$", "timeout_s": 0.5},
         "slow": function("slow", timeout_s=0.5),
-        "words": {"kind": "length"},
+        "words": {"kind": "length", "timeout_s": 10},
         "sum": {"kind": "sum", "weights": {"words": 1, "backtracks": 1}},
     }
     async with serving(folders[0], scorers=scorers, default="model") as peer:

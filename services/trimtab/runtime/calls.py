@@ -214,7 +214,7 @@ class _Call:
                 StatusCode.DEADLINE_EXCEEDED, f"the request did not arrive within {ARRIVAL_S:g} s of its call"
             ) from None
         if not isinstance(payload, bytes):  # grpc.aio.EOF
-            raise ServiceError(StatusCode.INVALID_ARGUMENT, "the call ended without a request")
+            raise invalid("request", "none came with the call, or one larger than the server takes")
         request = parsed(payload, parse, self._path)
         rule = rule_of(self._path)
         if rule is not None and rule.audited:

@@ -29,7 +29,7 @@ REFUSALS = {
 """What a caller can do something about; and UNAVAILABLE, where a version is pinned that may still come."""
 AT_ONCE = 24
 PATIENCE_S = 120.0
-PINNED_AT_ONCE, PINNED_PATIENCE_S = 200, 5.0
+PINNED_AT_ONCE, PINNED_PATIENCE_S = 400, 10.0
 """Calls that wait for a version, which cost nothing meanwhile, and for how long they do."""
 GROWTH_MB = 60
 """What caches of all five services may still grow by once each RPC has seen some hundreds of requests."""
