@@ -69,8 +69,10 @@ def disk_findings(plan: Plan, store: Store | None) -> list[Finding]:
     Stages come one after another, so the largest counts; where both lie on one disk, both together.
     """
     largest: dict[str, DiskPart] = {}
-    kept = plan.trainer.keep_versions
     for planned in plan.stages:
+        kept = plan.trainer.keep_versions
+        if isinstance(planned.config, PpoConfig):
+            kept = max(kept, planned.config.least_versions)
         try:
             policy, value = stage_shapes(plan, planned, store)
         except UnknownShapeError:

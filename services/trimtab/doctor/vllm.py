@@ -9,10 +9,8 @@ import math
 
 from trimtab.doctor.memory import DTYPE_BYTES, Need, forward_bytes
 from trimtab.doctor.shapes import ModelShape
-from trimtab.generator.config import GeneratorConfig
+from trimtab.generator.config import CPU_KV_CACHE_GIB, GeneratorConfig
 
-CPU_KV_CACHE_GIB = 2.0
-"""`generator.vllm.adapter.CPU_KV_CACHE_GIB`: that module is vLLM's workers' own."""
 GIB = 1 << 30
 
 

@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from trimtab.generator.engine import SwapMode
 from trimtab.runtime.config import ServiceConfig
 
+CPU_KV_CACHE_GIB = 2.0
+"""vLLM's, where `kv_cache_gib` is empty on a CPU."""
+
 
 class VllmOptions(BaseModel):
     """What only the vllm engine has. One setting means the same for both engines wherever it can."""

@@ -201,6 +201,12 @@ class PpoConfig(_Config):
     value_lora: LoraConfig | None = None
     publish: Publish = "merged"
 
+    @property
+    def least_versions(self) -> int:
+        """Newest versions that the store must keep: a replay asks for the batch in flight from the version of the first
+        time, `max_staleness` steps before the newest, or one more if the kill came between publishing and asking."""
+        return self.max_staleness + 2
+
     @field_validator("publish")
     @classmethod
     def _has_adapters(cls, publish: Publish, others: ValidationInfo) -> Publish:

@@ -82,6 +82,8 @@ def test_on_one_disk_versions_and_two_checkpoints_must_fit_together(model, tmp_p
     assert found.check == "disk of the store and the runs" and found.state == "ok"
     gib = (versions_bytes(stage, shape, 3) + 2 * checkpoint_bytes(stage, shape, shape)) / 2**30
     assert found.detail.startswith(f"{gib:.3g} of ") and "3 versions and one more" in found.detail
+    (found,) = disk_findings(Plan((Planned("ppo", ppo(model, max_staleness=3)),), {"trainer": trainer}), store)
+    assert "5 versions and one more" in found.detail  # a replay asks for older ones, whatever the trainer keeps
 
 
 def test_a_disk_that_is_too_small_is_named_also_where_the_store_is_elsewhere(model, tmp_path):

