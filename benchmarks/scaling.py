@@ -211,14 +211,14 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     from matplotlib import pyplot  # isort: skip
 
     with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(1, len(curves), figsize=(2.6 * len(curves), 2.7), layout="constrained")
+        figure, axes = pyplot.subplots(1, len(curves), figsize=(2.8 * len(curves), 2.7), layout="constrained")
         for axis, one in zip(axes, curves, strict=True):
             fitted = np.array(one.sizes[-_fitted(len(one.sizes)) :], float)
             middle = np.exp(np.mean(np.log(one.seconds[-len(fitted) :])) - one.exponent * np.mean(np.log(fitted)))
             axis.loglog(one.sizes, one.seconds, "o", color=AFTER)
             axis.loglog(fitted, middle * fitted**one.exponent, color=ACCENT)
             axis.minorticks_off()
-            axis.set_xticks(one.sizes, [_short(size) for size in one.sizes])
+            axis.set_xticks(one.sizes, [_short(size) for size in one.sizes], fontsize="x-small")
             ticks = [
                 tick for tick in (m * 10.0**p for p in range(-3, 3) for m in (1, 2, 5)) if _within(tick, one.seconds)
             ]
@@ -231,7 +231,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
 
 
 def _short(size: int) -> str:
-    return f"{size / 1e6:.2g}M" if size >= 1e5 else str(size)
+    return f"{size / 1e6:.{0 if size >= 1e7 else 1}f}M" if size >= 1e5 else str(size)
 
 
 def _within(tick: float, seconds: Sequence[float]) -> bool:

@@ -104,6 +104,22 @@ def test_episodes_come_in_the_order_of_their_prompts_with_their_own_seeds(tmp_pa
         assert [episode.completion.prompt_index for episode in episodes] == list(range(8))
 
 
+def test_replicas_of_reward_and_reference_work_at_the_same_time(tmp_path):
+    slow = Delays(batch_size=8, generate_s=0.08, score_s=3.2, reference_s=3.2)
+    with serving(slow) as one, serving(slow) as other:
+        both = {name: f"{one.addresses[name]},{other.addresses[name]}" for name in ("reward", "reference")}
+        config = ppo_config(one.addresses | both, 8, 1, 0)
+        with pipeline(config, tmp_path) as (rollouts, _):
+            rollouts.admit(version(0))
+            started = time.monotonic()
+            batch = rollouts.take(1)
+            took_s = time.monotonic() - started
+    for device in (one.reward.device, other.reward.device, one.reference.device, other.reference.device):
+        assert device.busy_s > 0.8
+    assert took_s < 3.0, "one after the other they take 3.2 s"
+    assert batch.clocks.score.busy_s < took_s, "calls at the same time count once"
+
+
 def test_a_batch_that_was_whole_is_never_asked_for_again(tmp_path):
     with serving() as services:
         config = ppo_config(services.addresses, 8, 2, 0)

@@ -61,6 +61,11 @@ class Client:
     def __init__(self, addresses: Addresses, options: ChannelOptions = DEFAULTS) -> None:
         self._transport = SyncTransport(addresses, options)
 
+    @property
+    def replicas(self) -> int:
+        """How many replicas the addresses are taken to be: one each, more for a "dns:" name."""
+        return self._transport.routing.replicas
+
     def close(self) -> None:
         """Close the channels."""
         self._transport.close()
@@ -84,6 +89,11 @@ class AsyncClient:
 
     def __init__(self, addresses: Addresses, options: ChannelOptions = DEFAULTS) -> None:
         self._transport = AsyncTransport(addresses, options)
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas the addresses are taken to be: one each, more for a "dns:" name."""
+        return self._transport.routing.replicas
 
     async def close(self) -> None:
         """Close the channels."""

@@ -67,6 +67,8 @@ class MasterWeightOptimizer:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for _, parameter in named]
         self.masters = [_master(name, parameter, masters) for name, parameter in named]
+        if ranks.world == 1:
+            _let_embeddings_be_sparse(model)
         self._adam = torch.optim.AdamW(
             self.masters,
             lr=config.learning_rate,
@@ -101,6 +103,9 @@ class MasterWeightOptimizer:
 
         A non-finite norm takes no step (the caller counts it).
         """
+        for master in self.masters:
+            if master.grad is not None and master.grad.is_sparse:
+                master.grad = master.grad.to_dense()
         gradients = [master.grad for master in self.masters if master.grad is not None]
         total = self.ranks.norm(torch.nn.utils.get_total_norm(gradients))
         torch.nn.utils.clip_grads_with_norm_(self.masters, self.config.max_grad_norm, total)
@@ -132,6 +137,17 @@ class MasterWeightOptimizer:
                 master.copy_(saved)
                 local(parameter).copy_(saved)
         self._adam.load_state_dict(state["adam"])
+
+
+def _let_embeddings_be_sparse(model: torch.nn.Module) -> None:
+    """Have a CPU's backward passes give an embedding's gradient by the rows that were read.
+
+    A dense one, [V, D], is written, and added to the last, for every micro-batch: at a vocabulary of 32,000 and
+    micro-batches of 512 tokens a fifth of a small model's training, and as much memory as the embedding.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.weight.device.type == "cpu":
+            module.sparse = True
 
 
 def _master(name: str, parameter: torch.nn.Parameter, masters: dict[str, torch.Tensor] | None) -> torch.Tensor:

@@ -24,10 +24,12 @@ from trimtab.runtime.server import RunningServer
 from trimtab.trainer import service as trainer
 from trimtab.trainer.config import TrainerConfig
 
+RULE_S = 20.0
+"""A rule's second by default is too short for a machine that runs other tests too."""
 SCORERS = {
-    "words": {"kind": "length"},
-    "digits": {"kind": "regex", "pattern": r"\d+"},
-    "exact": {"kind": "answer"},
+    "words": {"kind": "length", "timeout_s": RULE_S},
+    "digits": {"kind": "regex", "pattern": r"\d+", "timeout_s": RULE_S},
+    "exact": {"kind": "answer", "timeout_s": RULE_S},
     "blend": {"kind": "sum", "weights": {"model": 1.0, "words": 0.1}},
 }
 

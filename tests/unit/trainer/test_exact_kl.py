@@ -146,7 +146,7 @@ def test_the_kl_loss_pulls_the_policy_back_to_the_reference_and_the_metric_alone
         minibatch, *_ = epoch = update.plan_epoch(experience)
         policy.model.zero_grad()
         update._minibatch_gradients(minibatch, update.fix_targets(experience, epoch, 0.02), move_policy=True)
-        return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+        return torch.cat([p.grad.to_dense().flatten() for p in policy.model.parameters() if p.grad is not None])
 
     policy, reference = models
     sampled = first_gradient(kl="sampled")

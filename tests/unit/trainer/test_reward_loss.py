@@ -74,12 +74,29 @@ def test_gradients_do_not_depend_on_micro_batches(tiny_folder):
         assert float((a - b).norm()) <= 1e-5 * float(b.norm()) + 1e-9
 
 
+def test_an_embeddings_gradient_holds_the_rows_that_were_read_and_steps_as_a_dense_one_does(tiny_folder):
+    def stepped(*, sparse: bool) -> list[torch.Tensor]:
+        model = ScalarModel.from_policy(Policy.load(str(tiny_folder)), seed=0)
+        optimizer = MasterWeightOptimizer(model.model, OptimizerConfig())
+        embedding = model.model.get_input_embeddings()
+        if not sparse:
+            embedding.sparse = False
+        for tokens in (20, 100_000):
+            accumulate_pair_loss(model, rankings(2), tokens, optimizer)
+            assert embedding.weight.grad.is_sparse == sparse
+            optimizer.step(1e-3)
+        return [parameter.detach() for parameter in model.model.parameters()]
+
+    for ours, dense in zip(stepped(sparse=True), stepped(sparse=False), strict=True):
+        torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
+
+
 def test_two_ways_at_a_time_give_the_gradients_of_one_and_the_same_again(tiny_folder):
     def gradients(ways):
         model = ScalarModel.from_policy(Policy.load(str(tiny_folder)), seed=0)
         optimizer = MasterWeightOptimizer(model.model, OptimizerConfig())
         result = accumulate_pair_loss(model, rankings(9), 100_000, optimizer, ways)
-        return result, torch.cat([p.grad.flatten() for p in model.model.parameters()])
+        return result, torch.cat([p.grad.to_dense().flatten() for p in model.model.parameters()])
 
     with closing(SideBySide("cpu", threads=2)) as both:
         (result, grads), (again, grads_again) = gradients(both), gradients(both)

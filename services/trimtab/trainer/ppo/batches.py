@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +15,25 @@ from trimtab.trainer.ppo.experience import Episode
 
 @dataclass
 class StageClock:
-    """When a service had work of this batch, on `time.perf_counter`."""
+    """When a service had work of this batch, on `time.perf_counter`; calls at the same time count once."""
 
     busy_s: float = 0.0
     ended_at: float = 0.0
+    _calls: int = 0
+    _began: float = 0.0
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """While a call is under way."""
+        if not self._calls:
+            self._began = time.perf_counter()
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self.busy_s += time.perf_counter() - self._began
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Rollouts over the wire: as a completion arrives it goes to reward and reference at once.
 
-What waits for a service while a call to it is under way goes out together in the next call; the services
-work at the same time as the generator, and the result is ordered by index. A service that is away is waited for; what
-has come is kept. When which batch is asked for is `pipeline`'s matter.
+What waits for a service while calls to all of its replicas are under way goes out together in the next call; the
+services work at the same time as the generator, and the result is ordered by index. A service that is away is waited
+for; what has come is kept. When which batch is asked for is `pipeline`'s matter.
 """
 
 from __future__ import annotations
@@ -154,10 +154,10 @@ class RolloutClients:
                 batch.trace = tracing.current()
                 async with asyncio.TaskGroup() as group:
                     group.create_task(generate())
-                    group.create_task(_drain(to_score, score, clocks.score))
-                    group.create_task(_drain(to_reference, reference, clocks.reference))
+                    group.create_task(_drain(to_score, score, clocks.score, self.reward.replicas))
+                    group.create_task(_drain(to_reference, reference, clocks.reference, self.reference.replicas))
         except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            raise _first(failures) from None
 
     async def _generate(self, batch: Batch, arrived: Callable[[int, Completion], None]) -> None:
         """Ask once for what the batch lacks, of the newest version and no other.
@@ -256,24 +256,33 @@ class RolloutClients:
         await asyncio.gather(self.generator.close(), self.reward.close(), self.reference.close())
 
 
+def _first(failure: Exception) -> Exception:
+    while isinstance(failure, ExceptionGroup):
+        failure = failure.exceptions[0]
+    return failure
+
+
 async def _drain(
-    queue: asyncio.Queue[int | None], call: Callable[[list[int]], Awaitable[None]], clock: StageClock
+    queue: asyncio.Queue[int | None], call: Callable[[list[int]], Awaitable[None]], clock: StageClock, replicas: int
 ) -> None:
-    """Call with all that waits, again and again, until None ends the queue."""
-    ended = False
-    while not ended or not queue.empty():
-        indices: list[int] = []
-        item = await queue.get()
-        while True:
-            if item is None:
-                ended = True
-            else:
+    """Call with what waits, as many calls at once as there are replicas, until None ends the queue.
+
+    A call takes its share of what waits: all of it where there is one replica.
+    """
+
+    async def lane() -> None:
+        while (item := await queue.get()) is not None:
+            indices, share = [item], -(-(queue.qsize() + 1) // replicas)
+            while len(indices) < share and not queue.empty():
+                if (item := queue.get_nowait()) is None:
+                    queue.put_nowait(None)
+                    break
                 indices.append(item)
-            if queue.empty():
-                break
-            item = queue.get_nowait()
-        if indices:
-            started = time.perf_counter()
-            await call(indices)
-            clock.busy_s += time.perf_counter() - started
+            with clock.working():
+                await call(indices)
+        queue.put_nowait(None)  # for the next lane
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(replicas):
+            group.create_task(lane())
     clock.ended_at = time.perf_counter()
