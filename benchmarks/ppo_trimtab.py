@@ -46,11 +46,17 @@ class Threads:
 
 
 def run_trimtab(
-    folder: WorkFolder, case: Case, updates: int, scratch: Path, environment: Mapping[str, str] | None = None
+    folder: WorkFolder,
+    case: Case,
+    updates: int,
+    scratch: Path,
+    environment: Mapping[str, str] | None = None,
+    micro_batch_tokens: int | None = None,
 ) -> SideRun:
     """Run `updates` PPO updates and measure all but the first (the only one, if there is one).
 
-    `environment` is laid over that of the trainer process. RuntimeError with the trainer's reason if the run fails.
+    `environment` is laid over that of the trainer process; `micro_batch_tokens` takes the place of the trainer's
+    default. RuntimeError with the trainer's reason if the run fails.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     with running_services(folder, case, scratch, environment or {}) as (supervisor, addresses), ExitStack() as stack:
@@ -58,7 +64,10 @@ def run_trimtab(
             proxy = stack.enter_context(LengthsProxy(addresses["generator"], lengths_by_prompt(folder)))
             addresses["generator"] = proxy.address
         client = stack.enter_context(TrainerClient(addresses["trainer"]))
-        client.start(RUN_ID, ppo_config(folder, case, updates, addresses))
+        config = ppo_config(folder, case, updates, addresses)
+        if micro_batch_tokens is not None:
+            config.stage.micro_batch_tokens = micro_batch_tokens
+        client.start(RUN_ID, config)
         steps: list[StepMetrics] = []
         pids = [os.getpid(), *(status.pid for status in supervisor.statuses() if status.pid is not None)]
         started_s, started_cpu_s = time.perf_counter(), sum(map(cpu_seconds, pids))
