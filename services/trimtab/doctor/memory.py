@@ -96,21 +96,24 @@ def head_bytes(shape: ModelShape, setting: Setting) -> int:
 def trained_model(shape: ModelShape, setting: Setting, *, scalar: bool = False, average: bool = False) -> Need:
     """A model that AdamW trains: ZeRO's 16 to 18 bytes a parameter (arXiv:1910.02054, section 3.1), sharded over ranks,
     and for a micro-batch what is larger: its activations, or its gradients in the compute dtype.
+
+    On a CPU the gradient of embeddings that are no head too holds the rows that were read until the step makes it whole
+    (trainer/optimizer.py), after the activations.
     """
     parameters = shape.scalar_parameters if scalar else shape.parameters
     c, shard = setting.compute_bytes, -(-parameters // setting.ranks)
-    alone = (
-        setting.ranks == 1
-    )  # shards are float32 weights themselves, gathered in the compute dtype when they are used
+    # With several ranks shards are float32 weights themselves, gathered in the compute dtype when they are used.
+    alone = setting.ranks == 1
+    late = 4 * shape.head_parameters if alone and setting.on_cpu and (scalar or not shape.tied) else 0
     parts = {
         "weights": c * shard if alone else 0,
         "master weights": 0 if alone and c == 4 else 4 * shard,
         "optimizer": 8 * shard,
-        "gradients": 4 * shard,
+        "gradients": 4 * shard - late,
         "average": (4 + c) * shard if average else 0,
     }
     activations = activation_bytes(shape, setting) + (0 if scalar else head_bytes(shape, setting))
-    parts["activations"] = max(activations, c * shard if alone and c < 4 else 0)
+    parts["activations"] = max(activations, late, c * shard if alone and c < 4 else 0)
     if not alone:  # a block and the next one, the embeddings and the head, each whole, with gradients on their way
         roots = shape.head_parameters * (1 if shape.tied or scalar else 2)
         parts["gathered"] = (3 * c + 4) * shape.block_parameters + (2 * c + 4) * roots
