@@ -66,6 +66,7 @@ class Load:
                 self.seconds.append(time.monotonic() - started)
             except TrimtabError as error:
                 self.failed[error.code] += 1
+                print(f"after {time.monotonic() - started:.2f} s: {error}", file=sys.stderr)
                 self._stop.wait(0.1)
 
 

@@ -44,7 +44,7 @@ def may_make_networks() -> bool:
 
 def test_a_rolling_restart_fails_no_call_although_nothing_is_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(channel, "LOOKUP_S", 0.5)
-    timing = Timing(pre_stop_s=5, grace_s=30, connection_age_s=0.5, stale_s=0.5)  # 3.5 s to spare: machines are busy
+    timing = Timing(pre_stop_s=8, grace_s=30, connection_age_s=0.5, stale_s=0.5)  # 6.5 s to spare: machines are busy
     outcome = rolling_restart(tmp_path, timing, Replica(small=True), retries=0)
     assert outcome.failed == {} and outcome.answered > 100
     assert outcome.exit_codes == [0, 0, 0]
