@@ -21,7 +21,7 @@ def rollout_seconds(replicas: int, *, batch_size: int = 64, steps: int = 2) -> f
     """Mean seconds until a batch is sampled, scored and referenced by as many replicas of each of the three services.
 
     One replica samples a batch in 8.0 s, scores and references it in 2.4 s each: what the trainer and all stand-ins in
-    its process do beside that, 0.3 s of Python, then weighs little.
+    its process do beside that then weighs little.
     """
     with closing(LoopThread("stand-ins")) as servers, tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         serving = [
