@@ -142,8 +142,8 @@ class MasterWeightOptimizer:
 def _let_embeddings_be_sparse(model: torch.nn.Module) -> None:
     """Have a CPU's backward passes give an embedding's gradient by the rows that were read.
 
-    A dense one, [V, D], is written, and added to the last, for every micro-batch: at a vocabulary of 32,000 it takes 6 to
-    9 % of a small model's training (docs/results/ppo_step.md), and as much memory as the embedding.
+    A dense one, [V, D], is written, and added to the last, for every micro-batch: at a vocabulary of 32,000 it takes 6
+    to 9 % of a small model's training (docs/results/ppo_step.md), and as much memory as the embedding.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module.weight.device.type == "cpu":
