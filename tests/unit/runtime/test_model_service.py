@@ -88,10 +88,10 @@ async def test_a_pin_ahead_waits_for_the_move(moving, pin):
 async def test_a_pin_that_is_not_reached_is_unavailable_shortly_before_the_deadline(moving):
     started_s = time.monotonic()
     with pytest.raises(ServiceError) as caught:
-        await moving.wait_for(at_least(6), started_s + 0.4)
+        await moving.wait_for(at_least(6), started_s + 2)
     assert caught.value.code == StatusCode.UNAVAILABLE
     assert caught.value.retry_after_s is not None
-    assert 0.1 < time.monotonic() - started_s < 0.4
+    assert 0.5 < time.monotonic() - started_s < 2
 
 
 @pytest.mark.parametrize(
