@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -68,7 +69,9 @@ class TensorBoard:
     """`folder`/tensorboard; rows from `purge_step` on that are there already are hidden."""
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        board = folder / "tensorboard"
+        _wait_for_a_second_without_events(board)
+        self._board = SummaryWriter(str(board), purge_step=purge_step)
 
     def write(self, row: MetricRow) -> None:
         for name, value in row.values.items():
@@ -76,6 +79,12 @@ class TensorBoard:
 
     def close(self) -> None:
         self._board.close()
+
+
+def _wait_for_a_second_without_events(board: Path) -> None:
+    """TensorBoard reads files in the order of their names, which tell seconds: two of one second may change places."""
+    while any(board.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)
 
 
 class Prometheus:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from trimtab.rounds.launchers.services import free_ports
 from trimtab.runtime.logs import configure_logs
@@ -27,7 +28,11 @@ def test_files_tensorboard_and_prometheus_are_always_there(tmp_path: Path, monke
     assert kinds(tmp_path) == {"JsonLines", "TensorBoard", "Prometheus"}
 
 
-def test_tensorboard_shows_each_step_of_a_run_that_went_on_once(tmp_path: Path) -> None:
+def test_tensorboard_shows_each_step_of_a_run_that_went_on_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The second file's name stands before the first's, if both are of one second.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
     with MetricWriter(Run("run-1", "ppo"), tmp_path) as writer:
         for step in (1, 2, 3):
             writer.write(step, 4, {"loss": float(step)})
