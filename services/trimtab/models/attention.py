@@ -8,6 +8,7 @@ Suffixes: B sequences, T tokens of one as keys, Q of them as queries, H heads, d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from trimtab.models.cpu import fuses_attention
-from trimtab.models.packing import AttentionGroup, PackedBatch
+from trimtab.models.packing import PackedBatch
 
 NAME = "trimtab_packed"
 SHORT_ON_CPU = 256
@@ -47,20 +48,27 @@ def packed_attention(
     repeats = query.shape[1] // key.shape[1]
     # The same way with gradients and without: the first minibatch's ratios are 1 to the bit.
     fuses = query.device.type != "cpu" or fuses_attention(query.dtype, gradients=True)
+    groups, token_count = packed.groups, len(packed.token_ids_N)
+    asked, seen = [g.count * g.queries for g in groups], [g.count * g.length for g in groups]
+    places_of_keys = None if packed.shares else packed.places_N
     pieces = []
-    for group in packed.groups:
-        q = _gather(query, group, group.first_query)
-        k, v = _gather(key, group), _gather(value, group)
+    for group, *parts in zip(
+        groups,
+        _split(_spread(query[0], token_count, packed.queries_M, packed.places_N), asked),
+        _split(_spread(key[0], token_count, packed.keys_M, places_of_keys), seen),
+        _split(_spread(value[0], token_count, packed.keys_M, places_of_keys), seen),
+        strict=True,
+    ):
+        q, k, v = (part.unflatten(1, (group.count, -1)) for part in parts)  # [H, B, Q or T, d]
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, dim=0), v.repeat_interleave(repeats, dim=0)
-        short = not fuses and group.shape[1] <= SHORT_ON_CPU
+        short = not fuses and group.length <= SHORT_ON_CPU
         attend = partial(_matrix_products, softcap=softcap) if short or softcap is not None else _fused
         out = attend(q, k, v, scaling, dropout, sliding_window)  # [H, B, Q, d]
-        flat = out.permute(1, 2, 0, 3).reshape(-1, out.shape[0], out.shape[3])  # [B·Q, H, d]
-        pieces.append(flat if group.valid is None else flat.index_select(0, group.valid))
+        pieces.append(out.permute(1, 2, 0, 3).reshape(-1, out.shape[0], out.shape[3]))  # [B·Q, H, d]
     rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    if packed.order is not None:
-        rows = rows.index_select(0, packed.order)
+    if packed.places_N is not None:
+        rows = rows.index_select(0, packed.places_N)
     return _as_long(rows, query.shape[2]), None
 
 
@@ -71,14 +79,45 @@ def _as_long(rows: torch.Tensor, count: int) -> torch.Tensor:
     return rows.unsqueeze(0)
 
 
-def _gather(tensor: torch.Tensor, group: AttentionGroup, first: int = 0) -> torch.Tensor:
-    """[1, H, N, d] → [H, B, T − first, d] of one group: heads stay in front, where the model put them, not copied."""
-    count, length = group.shape
-    if group.contiguous_start is not None and first == group.first_query:
-        rows = tensor[0, :, group.contiguous_start : group.contiguous_start + count * (length - first)]
-    else:
-        rows = tensor[0].index_select(1, group.gather_BT[:, first:].reshape(-1))
-    return rows.unflatten(1, (count, length - first))
+class Spread(torch.autograd.Function):
+    """Columns `index_M` of x [H, N, d]: [H, M, d].
+
+    Backward each token takes the gradient of its one place in `places_N`: elsewhere it pads, where the gradient is 0.
+    Without `places_N` the gradients of all its places are added, along the first dimension: in bfloat16 torch needs
+    7 times as long along the second.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index_M: torch.Tensor, places_N: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(index_M, places_N)
+        ctx.width = x.shape[1]
+        return x.index_select(1, index_M)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (g,), (index_M, places_N) = upstream, ctx.saved_tensors
+        if places_N is None:
+            zeros = g.new_zeros(ctx.width, g.shape[0], g.shape[2])
+            return zeros.index_add_(0, index_M, g.transpose(0, 1)).transpose(0, 1), None, None
+        dx = g.new_empty(g.shape[0], ctx.width, g.shape[2])
+        torch.index_select(g, 1, places_N, out=dx[:, : len(places_N)])
+        dx[:, len(places_N) :] = 0
+        return dx, None, None
+
+
+def _spread(
+    x: torch.Tensor, token_count: int, index_M: torch.Tensor | None, places_N: torch.Tensor | None
+) -> torch.Tensor:
+    """[H, at least N, d] → [H, M, d], the row's tokens where the groups want them; None: the row is as they want."""
+    if index_M is not None:
+        spread: Any = Spread.apply(x, index_M, places_N)
+        return spread
+    return x if x.shape[1] == token_count else x[:, :token_count]
+
+
+def _split(x: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Parts of the second dimension; the gradient of a single one is not copied."""
+    return x.split(list(sizes), 1) if len(sizes) > 1 else [x]
 
 
 def _fused(

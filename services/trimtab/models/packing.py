@@ -15,10 +15,11 @@ import torch
 
 from trimtab.models.cpu import compiles_by_shape
 
-MAX_PADDING_SHARE = 0.15
-"""Most padding inside one attention group, as a share of its longest sequence."""
-SHORT = 128
-"""Tokens of a sequence up to which attention costs so little that fewer groups, with padding up to half, are faster."""
+SHARED_SLACK = 0.15
+"""Most queries of a group that are asked in vain because shared beginnings differ, as a share of its longest total."""
+PADDED_PLACES = {"cpu": 2**14}
+OTHERS_PADDED_PLACES = 2**20
+"""Places, of a query and a key, that padding may add to a group: what a group of its own takes longer than that."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,19 @@ class AttentionGroup:
     """Sequences of similar length whose attention runs as one dense causal batch.
 
     Attributes:
-        gather_BT: positions in the packed row. Behind a short sequence its own last token repeats: a causal
-            mask hides it from every real token, and no other sequence's value ever enters the group's row.
+        count: sequences.
+        length: columns, the longest one's tokens and what rounds them up.
         first_query: columns before it are seen only, being asked for in another group: a shared beginning.
-        valid: positions of the flattened [B·(T − first_query)] that are the group's own tokens; None when all are.
-        contiguous_start: first of the group's queries when they are one slice of the packed row, else None.
     """
 
-    gather_BT: torch.Tensor
+    count: int
+    length: int
     first_query: int
-    valid: torch.Tensor | None
-    contiguous_start: int | None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.gather_BT.shape[0], self.gather_BT.shape[1]
+    def queries(self) -> int:
+        """Columns that are asked for, of each sequence."""
+        return self.length - self.first_query
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,12 @@ class PackedBatch:
         lengths: tokens of each segment of the row: of each sequence or, from `pack_sets`, of each shared beginning
             and then of each sequence behind it.
         last_tokens_B: position in the row of each sequence's last token.
-        groups: how attention is batched; `order` maps the groups' valid tokens back to the row.
+        groups: how attention is batched.
+        keys_M: positions in the row of the groups' columns, sequence by sequence. Behind a short sequence its own last
+            token repeats: a causal mask hides it from every real token, and no other sequence's value ever enters the
+            group's row. None where that is the row as it is.
+        queries_M: as `keys_M`, of the columns that are asked for.
+        places_N: where each token of the row stands in `queries_M` as itself; None with `queries_M`.
     """
 
     token_ids_N: torch.Tensor
@@ -60,7 +64,14 @@ class PackedBatch:
     lengths: tuple[int, ...]
     last_tokens_B: torch.Tensor
     groups: tuple[AttentionGroup, ...]
-    order: torch.Tensor | None
+    keys_M: torch.Tensor | None
+    queries_M: torch.Tensor | None
+    places_N: torch.Tensor | None
+
+    @property
+    def shares(self) -> bool:
+        """Whether a token of the row may be seen by more than one sequence."""
+        return any(group.first_query for group in self.groups)
 
 
 @dataclass(frozen=True)
@@ -164,23 +175,35 @@ def _packed(
     positions_N = np.arange(segments.length_S.sum()) + np.repeat(
         segments.shared_S - segments.start_S, segments.length_S
     )
-    groups, order = _attention_groups(segments, device)
+    groups, keys_M, queries_M, places_N = _attention_groups(segments, torch.device(device).type)
+    as_it_is = np.array_equal(queries_M, np.arange(len(positions_N)))
+    shares = any(group.first_query for group in groups)
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(array, device=device)
+
+    queries = None if as_it_is else put(queries_M)
     return PackedBatch(
-        token_ids_N=torch.as_tensor(np.concatenate(pieces).astype(np.int64), device=device),
-        position_ids_N=torch.as_tensor(positions_N, device=device),
+        token_ids_N=put(np.concatenate(pieces).astype(np.int64)),
+        position_ids_N=put(positions_N),
         lengths=tuple(segments.length_S.tolist()),
-        last_tokens_B=torch.as_tensor(last_tokens_B, device=device),
+        last_tokens_B=put(last_tokens_B),
         groups=groups,
-        order=order,
+        keys_M=put(keys_M) if shares else queries,
+        queries_M=queries,
+        places_N=None if as_it_is else put(places_N),
     )
 
 
 def _attention_groups(
-    segments: _Segments, device: torch.device | str
-) -> tuple[tuple[AttentionGroup, ...], torch.Tensor | None]:
-    multiple = 16 if torch.device(device).type == "cpu" and compiles_by_shape(torch.bfloat16) else 1
-    groups, tokens = [], []
-    for members in _alike(segments):
+    segments: _Segments, device: str
+) -> tuple[tuple[AttentionGroup, ...], np.ndarray, np.ndarray, np.ndarray]:
+    """The groups, and `keys_M`, `queries_M`, `places_N` of `PackedBatch`."""
+    multiple = 16 if device == "cpu" and compiles_by_shape(torch.bfloat16) else 1
+    groups, keys, queries = [], [], []
+    places_N = np.empty(segments.length_S.sum(), dtype=np.int64)
+    behind = 0
+    for members in _alike(segments, multiple, PADDED_PLACES.get(device, OTHERS_PADDED_PLACES)):
         start, total = segments.start_S[members], segments.total_S[members]
         shared, shared_start = segments.shared_S[members, None], segments.shared_start_S[members, None]
         longest = -(-int(total.max()) // multiple) * multiple
@@ -188,33 +211,19 @@ def _attention_groups(
         gather = np.where(columns < shared, shared_start + columns, start[:, None] + columns - shared)
         first_query = int(shared.min())
         asked = np.arange(first_query, longest)[None, :]
-        valid = (asked >= shared) & (asked < total[:, None])
-        queries = gather[:, first_query:]
-        tokens.append(queries[valid])
-        is_slice = bool(valid.all()) and bool((np.diff(queries.reshape(-1)) == 1).all())
-        groups.append(
-            AttentionGroup(
-                gather_BT=torch.as_tensor(gather, device=device),
-                first_query=first_query,
-                valid=None if valid.all() else torch.as_tensor(np.flatnonzero(valid), device=device),
-                contiguous_start=int(start[0]) if is_slice else None,
-            )
-        )
-    emitted = np.concatenate(tokens)
-    if np.array_equal(emitted, np.arange(emitted.size)):
-        return tuple(groups), None
-    order = np.empty_like(emitted)
-    order[emitted] = np.arange(emitted.size)
-    return tuple(groups), torch.as_tensor(order, device=device)
+        itself = np.flatnonzero((asked >= shared) & (asked < total[:, None]))
+        keys.append(gather.reshape(-1))
+        queries.append(gather[:, first_query:].reshape(-1))
+        places_N[queries[-1][itself]] = behind + itself
+        behind += len(queries[-1])
+        groups.append(AttentionGroup(len(members), longest, first_query))
+    return tuple(groups), np.concatenate(keys), np.concatenate(queries), places_N
 
 
-def _alike(segments: _Segments) -> list[list[int]]:
-    """Segments whose shared beginnings and whose totals differ by little, in the row's order within each group.
-
-    Shared beginnings may differ by a share of the longest total: so many queries of a group are asked in vain at most.
-    """
+def _alike(segments: _Segments, multiple: int, padded_places: int) -> list[list[int]]:
+    """Segments whose shared beginnings and whose totals differ by little, in the row's order within each group."""
     shared, total = segments.shared_S, segments.total_S
-    slack = MAX_PADDING_SHARE * total.max()
+    slack = SHARED_SLACK * total.max()
     by_shared: list[list[int]] = []
     for index in sorted(range(len(total)), key=lambda i: (shared[i], i)):
         first = by_shared[-1][0] if by_shared else None
@@ -224,13 +233,16 @@ def _alike(segments: _Segments) -> list[list[int]]:
             by_shared.append([index])
     groups: list[list[int]] = []
     for indices in by_shared:
-        members: list[list[int]] = []
+        width_S = -(-total // multiple) * multiple
+        places_S = (width_S * (width_S - shared[indices[0]])).tolist()
+        members: list[int] = []
+        padded = 0
         for index in sorted(indices, key=lambda i: (-total[i], i)):
-            longest = total[members[-1][0]] if members else 0
-            padding_share = 0.5 if longest <= SHORT else MAX_PADDING_SHARE
-            if members and total[index] >= (1 - padding_share) * longest:
-                members[-1].append(index)
-            else:
-                members.append([index])
-        groups += members
-    return [sorted(group) for group in groups]
+            if members:
+                padded += places_S[members[0]] - places_S[index]
+            if members and padded > padded_places:
+                groups.append(sorted(members))
+                members, padded = [], 0
+            members.append(index)
+        groups.append(sorted(members))
+    return groups

@@ -45,9 +45,13 @@ def sequences():
     return [random.integers(0, 61, length).astype(np.int32) for length in LENGTHS]
 
 
-@pytest.fixture(params=["products", "fused", "products, rounded", "fused, rounded"])
+@pytest.fixture(
+    params=["products", "fused", "products, rounded", "fused, rounded", "products, groups", "fused, groups"]
+)
 def machine(request, monkeypatch):
-    """The ways of this code on machines of other kinds."""
+    """The ways of this code on machines of other kinds, and with as many groups as long sequences have."""
+    if "groups" in request.param:
+        monkeypatch.setattr(packing, "PADDED_PLACES", {"cpu": 100})
     words = {"GenuineIntel"} if "fused" in request.param else set()
     monkeypatch.setattr(cpu, "_words", lambda: frozenset(words))
     for module in (policy, packing):
@@ -111,6 +115,26 @@ def test_an_attention_mask_is_refused_not_dropped(sequences):
     model, packed = build("llama", NAME), pack(sequences)
     with pytest.raises(ValueError, match="packed"):
         model.base_model(input_ids=packed.token_ids_N[None], use_cache=False)
+
+
+def test_a_group_pads_by_no_more_places_than_a_group_of_its_own_is_worth(monkeypatch):
+    monkeypatch.setattr(packing, "compiles_by_shape", lambda dtype: False)
+    lengths = np.random.default_rng(0).integers(1, 300, 60)
+    packed = pack([np.zeros(length, dtype=np.int32) for length in lengths])
+    parts = packed.queries_M.split([group.count * group.length for group in packed.groups])
+    found = []
+    for group, part in zip(packed.groups, parts, strict=True):
+        own = [len(row.unique()) for row in part.view(group.count, group.length)]
+        assert max(own) == group.length
+        assert sum(group.length**2 - length**2 for length in own) <= packing.PADDED_PLACES["cpu"]
+        found += own
+    assert sorted(found) == sorted(lengths) and 5 < len(packed.groups) < 40
+    assert torch.equal(packed.queries_M[packed.places_N], torch.arange(lengths.sum()))
+
+
+def test_sequences_of_one_length_are_read_where_they_stand():
+    packed = pack([np.zeros(32, dtype=np.int32)] * 5)
+    assert packed.keys_M is None and packed.queries_M is None and len(packed.groups) == 1
 
 
 def test_plan_batches_keeps_the_budget_and_every_sequence():
