@@ -3,7 +3,7 @@
 Each sequence attends to itself only. Sequences of similar length run as one dense causal batch
 (`packing.AttentionGroup`), which is exact: a causal mask hides what stands behind a short sequence. Where sequences
 share their beginning, its keys and values go to each of them and its queries run once.
-Suffixes: B sequences, T tokens of one as keys, Q of them as queries, H heads, d size of a head.
+Suffixes: B sequences, T tokens of one as keys, Q of them as queries, H heads, d size of a head; N and M as in packing.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Position ids restart for each sequence; `attention` keeps sequences apart by the layout made here. Sequences that begin
 alike, the K responses to one prompt, may stand behind one copy of what they share (`pack_sets`).
-Suffixes: B sequences, N tokens of the packed row, T tokens of a sequence, S segments of the row.
+Suffixes: B sequences, N tokens of the packed row, T tokens of a sequence, S segments of the row, M columns of all
+groups of attention.
 """
 
 from __future__ import annotations
