@@ -83,8 +83,8 @@ class Spread(torch.autograd.Function):
     """Columns `index_M` of x [H, N, d]: [H, M, d].
 
     Backward each token takes the gradient of its one place in `places_N`: elsewhere it pads, where the gradient is 0.
-    Without `places_N` the gradients of all its places are added, along the first dimension: in bfloat16 torch needs
-    7 times as long along the second.
+    Without `places_N` the gradients of all its places are added, along the first dimension: along the second torch
+    takes several times as long.
     """
 
     @staticmethod

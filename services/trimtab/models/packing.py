@@ -20,7 +20,8 @@ SHARED_SLACK = 0.15
 """Most queries of a group that are asked in vain because shared beginnings differ, as a share of its longest total."""
 PADDED_PLACES = {"cpu": 2**14}
 OTHERS_PADDED_PLACES = 2**20
-"""Places, of a query and a key, that padding may add to a group: what a group of its own takes longer than that."""
+"""Places, of a query and a key, that padding may add to a group: about what a group of its own costs. That of other
+devices is reckoned, not measured."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,8 @@ def _alike(segments: _Segments, multiple: int, padded_places: int) -> list[list[
         else:
             by_shared.append([index])
     groups: list[list[int]] = []
+    width_S = -(-total // multiple) * multiple
     for indices in by_shared:
-        width_S = -(-total // multiple) * multiple
         places_S = (width_S * (width_S - shared[indices[0]])).tolist()
         members: list[int] = []
         padded = 0
