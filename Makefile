@@ -61,7 +61,7 @@ build/triton-3.6.0: | install
 	-$(BIN)/python -m pip install -qq --no-deps --target $@ triton==3.6.0
 
 unit: install build/triton-3.6.0  ## pytest without the slow tests, with coverage
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) -o faulthandler_timeout=650 $(PYTEST_ARGS)
 
 test: lint wire wheels docs unit  ## everything that proves the product, within 15 minutes
 
