@@ -1,59 +1,29 @@
 """The journal of a run of rounds: nothing acknowledged is lost or done twice, whenever a kill comes."""
 
-import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.unit.rounds import killed_stages
+from tests.unit.rounds.killed_stages import NAMES
 from trimtab.rounds.journal import FolderBusyError, Journal, JournalError, StageResult, exclusive, is_running
 from trimtab.rounds.pipeline import Stage, StageInterrupted, run_stages
 
-NAMES = ("0/sft", "1/sample", "1/rank")
 
-
-def toy_stages(folder: Path, killed_at: int = -1) -> list[Stage]:
-    """Stages that write down each piece of work; this process kills itself at the `killed_at`-th piece."""
-    pieces = iter(range(1000))
-
-    def piece(text: str) -> None:
-        if next(pieces) == killed_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        with (folder / "work.log").open("a") as log:
-            log.write(text + "\n")
-
-    def stage(name: str) -> Stage:
-        def run(attempt: int) -> StageResult:
-            piece(f"{name} begins")
-            file = folder / f"{name.replace('/', '-')}.txt"
-            file.write_text(f"{name} attempt {attempt}")
-            piece(f"{name} ends")
-            return StageResult(outputs={"attempt": str(attempt)}, files=(file,))
-
-        return Stage(name, run)
-
-    return [stage(name) for name in NAMES]
-
-
-def run_in_child(folder: Path, killed_at: int) -> int:
-    """The wait status of a forked child that goes on with the run in `folder`."""
-    pid = os.fork()
-    if pid == 0:
-        journal = Journal(folder)
-        if journal.begun is None:
-            journal.begin({}, {})
-        journal.verify_files()
-        run_stages(toy_stages(folder, killed_at), journal, lambda text: None)
-        os._exit(0)
-    return os.waitpid(pid, 0)[1]
+def run_in_child(folder: Path, killed_at: int = -1) -> int:
+    """How a process ended that goes on with the run in `folder`, minus the signal that killed it."""
+    return subprocess.run([sys.executable, killed_stages.__file__, folder, str(killed_at)], timeout=60).returncode
 
 
 @pytest.mark.parametrize("killed_at", range(2 * len(NAMES)))
 def test_a_run_killed_at_any_piece_of_work_goes_on_behind_the_last_completed_stage(tmp_path, killed_at):
-    assert os.WTERMSIG(run_in_child(tmp_path, killed_at)) == signal.SIGKILL
+    assert run_in_child(tmp_path, killed_at) == -signal.SIGKILL
     before = [event.stage for event in Journal(tmp_path).events if event.event == "done"]
     assert before == list(NAMES[: killed_at // 2])
-    assert run_in_child(tmp_path, -1) == 0
+    assert run_in_child(tmp_path) == 0
     journal = Journal(tmp_path)
     assert [event.stage for event in journal.events if event.event == "done"] == list(NAMES)
     log = (tmp_path / "work.log").read_text().splitlines()
@@ -63,7 +33,7 @@ def test_a_run_killed_at_any_piece_of_work_goes_on_behind_the_last_completed_sta
 
 
 def test_a_journal_cut_at_any_byte_holds_the_events_before_the_cut_and_goes_on(tmp_path):
-    assert run_in_child(tmp_path, -1) == 0
+    assert run_in_child(tmp_path) == 0
     whole = (tmp_path / "journal.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     for cut in range(0, len(whole), 37):
@@ -76,7 +46,7 @@ def test_a_journal_cut_at_any_byte_holds_the_events_before_the_cut_and_goes_on(t
 
 
 def test_a_damaged_line_and_a_changed_file_are_refused_by_name(tmp_path):
-    assert run_in_child(tmp_path, -1) == 0
+    assert run_in_child(tmp_path) == 0
     (tmp_path / "1-sample.txt").write_text("something else")
     with pytest.raises(JournalError, match=r"1-sample\.txt has changed since 1/sample was completed"):
         Journal(tmp_path).verify_files()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -92,8 +91,9 @@ def test_a_file_size_limit_is_met_before_anything_changes(make_folder: MakeFolde
     first = store.publish(make_folder(seed=1), run_id="r", name="policy", step=1)
     before = visible_files(tmp_path / "store")
     program = (
-        "import sys; from pathlib import Path; from trimtab.weights.errors import StoreFullError\n"
+        "import resource, sys; from pathlib import Path; from trimtab.weights.errors import StoreFullError\n"
         "from trimtab.weights.store import open_store\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try: open_store(sys.argv[1]).publish(Path(sys.argv[2]), run_id='r', name='policy', step=2)\n"
         "except StoreFullError as error: print(error); sys.exit(3)\n"
     )
@@ -102,7 +102,6 @@ def test_a_file_size_limit_is_met_before_anything_changes(make_folder: MakeFolde
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
     assert (run.returncode, run.stderr) == (3, "")
     assert run.stdout.startswith("no space left while publishing to")
