@@ -123,7 +123,8 @@ class HeadGradients:
         self._dtypes = (hidden_ND.dtype, weight_VD.dtype, hidden_ND.dtype if bias_V is None else bias_V.dtype)
         nothing = [hidden_ND.new_empty(0, dtype=dtype) for _ in range(3)]
         self._dhidden_ND = torch.zeros_like(hidden_ND) if needs[0] else nothing[0]
-        self._dweight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs[1] else nothing[1]
+        self._dweight_VD = torch.empty_like(weight_VD, dtype=dtype) if needs[1] else nothing[1]
+        self._filled = False
         self._dbias_V = torch.zeros_like(bias_V, dtype=dtype) if needs[2] and bias_V is not None else nothing[2]
 
     def add(
@@ -142,13 +143,19 @@ class HeadGradients:
                     self._dhidden_ND.dtype
                 )
             if self._dweight_VD.numel():
-                self._dweight_VD.addmm_(dz_CV.T, x_CD if scale_C is None else x_CD * scale_C[:, None])
+                scaled_CD = x_CD if scale_C is None else x_CD * scale_C[:, None]
+                self._dweight_VD.addmm_(
+                    dz_CV.T, scaled_CD, beta=1 if self._filled else 0
+                )  # 0: what was there is not read
+                self._filled = True
         if self._dbias_V.numel():
             self._dbias_V += dz_CV.sum(0) if scale_C is None else scale_C @ dz_CV
 
     def finished(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of hidden states, weight and bias, in the dtypes of what they belong to."""
         hidden, weight, bias = self._dtypes
+        if not self._filled:
+            self._dweight_VD.zero_()
         return self._dhidden_ND.to(hidden), self._dweight_VD.to(weight), self._dbias_V.to(bias)
 
 

@@ -66,8 +66,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = [gradient * upstream.to(gradient.dtype) for gradient in ctx.saved_tensors]
+    made = ctx.saved_tensors
+    gradients = made if _is_one(upstream) else [gradient * upstream.to(gradient.dtype) for gradient in made]
     return *wanted(gradients, ctx.needs_input_grad[:3]), *(None for _ in range(ctx.inputs - 3))
+
+
+def _is_one(upstream: Tensor) -> bool:
+    """Whether gradients need no scaling, that of the head's weight being as large as the weight. False where asking
+    would wait for a GPU, or where there is no number yet."""
+    return type(upstream) is Tensor and upstream.device.type == "cpu" and bool(upstream == 1)
 
 
 ppo_head.register_autograd(_backward, setup_context=_setup)

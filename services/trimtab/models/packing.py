@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -144,17 +145,33 @@ def shared_beginning(sequences: Sequence[np.ndarray]) -> int:
 def plan_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Split sequence indices into micro-batches of at most `max_tokens` tokens, similar lengths together.
 
-    A sequence longer than `max_tokens` gets a micro-batch of its own.
+    They are as few as filling them one after the other gives, and about as full as one another: the fullest says how
+    much memory a step takes. A sequence longer than `max_tokens` gets a micro-batch of its own.
     """
-    batches: list[list[int]] = []
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    longest_first = [lengths[i] for i in order]
+    fewest = len(_fill(longest_first, max_tokens))
+    low, high = 1, max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_fill(longest_first, middle)) > fewest:
+            low = middle + 1
+        else:
+            high = middle
+    starts = _fill(longest_first, high)
+    return [order[start:end] for start, end in pairwise([*starts, len(order)])]
+
+
+def _fill(lengths: Sequence[int], max_tokens: int) -> list[int]:
+    """Where each micro-batch starts, if one after the other is filled up to `max_tokens`."""
+    starts: list[int] = []
     room = -1
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[index] > room or not batches:
-            batches.append([])
+    for place, length in enumerate(lengths):
+        if length > room or not starts:
+            starts.append(place)
             room = max_tokens
-        batches[-1].append(index)
-        room -= lengths[index]
-    return batches
+        room -= length
+    return starts
 
 
 def response_positions(lengths: Sequence[int], prompt_lengths: Sequence[int]) -> np.ndarray:

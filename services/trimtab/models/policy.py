@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.models import attention, last_layer, layouts, norms, rotary
+from trimtab.models import attention, gated, last_layer, layouts, norms, rotary
 from trimtab.models.cpu import compiles_by_shape, rounded_rows
 from trimtab.models.folders import check_vocabulary, load_pretrained, max_length_of, save_pretrained
 from trimtab.models.packing import PackedBatch
@@ -43,6 +43,7 @@ class Policy:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         norms.shorten(model)
         rotary.shorten(model)
+        gated.shorten(model)
         last_layer.shorten(model)
         self.model = model.eval()
         self.tokenizer = tokenizer

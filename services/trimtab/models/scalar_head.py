@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.models import attention, last_layer, layouts, norms, rotary
+from trimtab.models import attention, gated, last_layer, layouts, norms, rotary
 from trimtab.models.errors import ModelLoadError
 from trimtab.models.folders import check_vocabulary, load_pretrained, max_length_of, save_pretrained
 from trimtab.models.packing import PackedBatch
@@ -33,6 +33,7 @@ class ScalarModel:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         norms.shorten(model)
         rotary.shorten(model)
+        gated.shorten(model)
         last_layer.shorten(model)
         self.model = model.eval()
         self.tokenizer = tokenizer

@@ -184,6 +184,21 @@ def test_ppo_loss_with_entropy_bonus_and_bias_takes_the_general_path():
         assert max(relative(a, b) for a, b in zip(got, right, strict=True)) <= 2e-5
 
 
+def test_ppo_gradients_of_a_second_pass_and_of_a_multiple_are_as_right_as_the_first():
+    hidden, weight, targets, old, advantages, weights, _, lse = ppo_inputs(20)
+    leaves = (hidden, weight)
+    loss = ppo_loss(
+        hidden, weight, targets, old, advantages, settings=PpoSettings(), weights_N=weights, hint_lse_N=lse
+    ).loss
+    once = [gradient.clone() for gradient in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    thrice = torch.autograd.grad(3 * loss, leaves)
+    for leaf, one, three in zip(leaves, once, thrice, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * one)
+        torch.testing.assert_close(three, 3 * one)
+
+
 @pytest.mark.parametrize("closeness", [1e-3, 0.02, 0.5])
 def test_exact_kl_is_accurate_when_small_and_never_negative(closeness):
     hidden, weight, targets = head(20, 16, 2100, largest=8)

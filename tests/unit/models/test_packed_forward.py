@@ -142,6 +142,21 @@ def test_plan_batches_keeps_the_budget_and_every_sequence():
     plan = plan_batches(lengths, 64)
     assert sorted(i for batch in plan for i in batch) == list(range(7))
     assert all(sum(lengths[i] for i in batch) <= 64 or len(batch) == 1 for batch in plan)
+    assert plan_batches([], 64) == []
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "expected"),
+    [
+        ([96] * 16, 512, [4, 4, 4, 4]),  # filled one after the other: 5, 5, 5, 1
+        ([96] * 16, 1536, [16]),
+        ([3] * 10, 10, [3, 3, 3, 1]),
+        ([50, 20, 20, 20, 10, 5], 60, [1, 2, 3]),  # filled one after the other: 50, 60 and 15 tokens
+        ([40, 30, 20, 10], 75, [1, 3]),
+    ],
+)
+def test_micro_batches_are_few_and_about_as_full_as_one_another(lengths, max_tokens, expected):
+    assert [len(batch) for batch in plan_batches(lengths, max_tokens)] == expected
 
 
 def test_response_positions_stand_before_each_response_token():
