@@ -8,9 +8,9 @@ of the compute dtype, N tokens of a micro-batch, L layers, h hidden, a width of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from trimtab.doctor.shapes import ModelShape
+from trimtab.doctor.shapes import MLP_KEPT, ModelShape
 from trimtab.kernels.chunked_torch import CHUNK_BYTES
 from trimtab.models.attention import SHORT_ON_CPU
 from trimtab.models.llama_weights import FAMILY
@@ -44,6 +44,7 @@ class Setting:
         tokens: N, of a micro-batch.
         longest: tokens of the longest sequence.
         ranks: processes over which FSDP2 shards what the model keeps.
+        logits: matrices of logits that the head works with at once on a CPU.
     """
 
     compute_bytes: int
@@ -52,15 +53,16 @@ class Setting:
     checkpointing: bool
     on_cpu: bool
     ranks: int = 1
+    logits: int = 2
 
 
 def layer_activation_bytes(shape: ModelShape, compute_bytes: int, *, longest: int, on_cpu: bool) -> int:
     """What one block keeps of one token for its backward pass.
 
     Of width h: the normalised input and the output of two norms; of width a: queries, keys and values (repeated for
-    their group of queries) and attention's output in two layouts; of width i: gate, up, activated gate and their
-    product; the rotation's sine and, in float32, two norms' statistics and the log-sum-exp of each head. A CPU is taken
-    for one that multiplies short sequences' scores out; one that fuses their attention (models/cpu.py) keeps less.
+    their group of queries) and attention's output in two layouts; of width i: `mlp_kept`; the
+    rotation's sine and, in float32, two norms' statistics and the log-sum-exp of each head. A CPU is taken for one that
+    multiplies short sequences' scores out; one that fuses their attention (models/cpu.py) keeps less.
     """
     h, a, i = shape.hidden, shape.attention_width, shape.intermediate
     attention, statistics = 5 * a + shape.head_dim, 4 * shape.heads + 8
@@ -69,7 +71,7 @@ def layer_activation_bytes(shape: ModelShape, compute_bytes: int, *, longest: in
     if shape.query_key_norms:
         attention += (shape.heads + shape.kv_heads) * shape.head_dim
         statistics += 4 * (shape.heads + shape.kv_heads)
-    return compute_bytes * (4 * h + attention + (4 if shape.gated else 2) * i) + statistics
+    return compute_bytes * (4 * h + attention + shape.mlp_kept * i) + statistics
 
 
 def activation_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -89,7 +91,7 @@ def head_bytes(shape: ModelShape, setting: Setting) -> int:
     weight = 4 * shape.head_parameters
     if setting.on_cpu:
         cast = weight if setting.compute_bytes < 4 else 0
-        return weight + cast + min(2 * CHUNK_BYTES, 8 * setting.tokens * shape.vocabulary)
+        return weight + cast + setting.logits * min(CHUNK_BYTES, 4 * setting.tokens * shape.vocabulary)
     return weight + min(GPU_SCRATCH_BYTES, 2 * setting.tokens * shape.vocabulary)
 
 
@@ -136,6 +138,7 @@ def adapted_model(
     float32 weights that the frozen ones are rounded from while it is loaded.
     """
     c, parameters = setting.compute_bytes, shape.scalar_parameters if scalar else shape.parameters
+    adapted = replace(shape, mlp_kept=MLP_KEPT) if shape.gated else shape  # an adapted MLP goes the model's own way
     trained = adapter_parameters(shape, rank, scalar=scalar)
     inside = setting.tokens * shape.layers * 14 * c * rank  # what A makes of the inputs of seven layers, and scaled
     head = 0 if scalar else head_bytes(shape, setting) - 4 * shape.head_parameters  # its weight has no gradient
@@ -144,7 +147,7 @@ def adapted_model(
             "frozen weights": c * parameters,
             "adapters": (c if c == 4 else c + 4) * trained + 12 * trained,
             **({"average": (4 + c) * trained} if average else {}),
-            "activations": max(activation_bytes(shape, setting) + inside + head, (4 - c) * parameters),
+            "activations": max(activation_bytes(adapted, setting) + inside + head, (4 - c) * parameters),
         }
     )
 
@@ -184,6 +187,7 @@ def trainer(
         checkpointing=shared.activation_checkpointing,
         on_cpu=on_cpu,
         ranks=ranks,
+        logits=1 if isinstance(stage, PpoConfig) and _bare(stage) else 2,
     )
     if isinstance(stage, RewardModelConfig):
         return trained_model(policy, setting, scalar=True)
@@ -201,6 +205,11 @@ def trainer(
     if stage.exact_kl:
         need = Need({**need.parts, "reference's LM head": setting.compute_bytes * policy.head_parameters})
     return need
+
+
+def _bare(stage: PpoConfig) -> bool:
+    """Whether a step's head makes the PPO loss alone, in place of its logits; others need probabilities beside them."""
+    return not (stage.entropy_coefficient or stage.exact_kl or stage.ptx_data)
 
 
 def _sequences(stage: Stage) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.models.folders import max_length_of
+from trimtab.models.gated import keeps_half
 from trimtab.models.tokenizers import first_line
 from trimtab.weights.errors import StoreError
 from trimtab.weights.sources import PlainSource, parse_source, resolve_reference
@@ -21,6 +22,10 @@ from trimtab.weights.store import Store
 
 class UnknownShapeError(Exception):
     """The model's config cannot be had from here; the message says why."""
+
+
+MLP_KEPT = 4
+"""Of an MLP with a gate: gate, up, activated gate and their product. `models.gated` keeps the first two."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class ModelShape:
         block_parameters: those of one transformer block.
         intermediate: width of the MLP, times the experts that a token goes to.
         gated: whether the MLP has a gate beside its up projection.
+        mlp_kept: what a trained MLP keeps of one token for its backward pass, in multiples of `intermediate`.
         query_key_norms: whether queries and keys are normalised per head.
         model_type: transformers' name of the architecture.
     """
@@ -50,6 +56,7 @@ class ModelShape:
     vocabulary: int
     tied: bool
     gated: bool
+    mlp_kept: int
     query_key_norms: bool
     max_length: int
     model_type: str = ""
@@ -108,6 +115,7 @@ def _shape(config: Any) -> ModelShape:
     intermediate = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
     intermediate = int(intermediate or getattr(text, "n_inner", None) or 4 * text.hidden_size)
     head = model.get_output_embeddings().weight
+    gated = bool(names & {"gate_proj", "gate_up_proj"})
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
         head_parameters=head.numel(),
@@ -120,7 +128,8 @@ def _shape(config: Any) -> ModelShape:
         intermediate=intermediate * int(getattr(text, "num_experts_per_tok", None) or 1),
         vocabulary=head.shape[0],
         tied=bool(getattr(config, "tie_word_embeddings", False)),
-        gated=bool(names & {"gate_proj", "gate_up_proj"}),
+        gated=gated,
+        mlp_kept=MLP_KEPT if gated and not keeps_half(block) else 2,
         query_key_norms=bool(names & {"q_norm", "q_layernorm"}),
         max_length=max_length_of(config),
         model_type=config.model_type,

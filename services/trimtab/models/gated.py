@@ -40,16 +40,29 @@ class GatedDown(torch.autograd.Function):
 def shorten(model: torch.nn.Module) -> None:
     """Let every MLP with LlamaMLP's forward and a SiLU run by `GatedDown`; others stay as they are."""
     for module in model.modules():
-        if _is_llamas(type(module)) and _is_silu(module.act_fn):
+        if _is_gated(module):
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+
+
+def keeps_half(block: torch.nn.Module) -> bool:
+    """Whether a block's MLP, once shortened, keeps gate and up alone."""
+    return any(_is_gated(module) and _is_plain(module.down_proj) for module in block.modules())
 
 
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     down = module.down_proj
-    # An adapter, which may have taken its place since, or a bias goes the model's own way.
-    if type(down) is not torch.nn.Linear or down.bias is not None or not torch.is_grad_enabled():
+    if not _is_plain(down) or not torch.is_grad_enabled():
         return type(module).forward(module, x)
     return GatedDown.apply(module.gate_proj(x), module.up_proj(x), down.weight)  # type: ignore[return-value]
+
+
+def _is_gated(module: Any) -> bool:
+    return _is_llamas(type(module)) and _is_silu(module.act_fn)
+
+
+def _is_plain(down: Any) -> bool:
+    """Whether it is no more than a product with its weight: neither biased nor an adapter."""
+    return type(down) is torch.nn.Linear and down.bias is None
 
 
 def _is_llamas(kind: type) -> bool:

@@ -15,7 +15,7 @@ from trimtab.doctor import memory
 from trimtab.doctor.shapes import UnknownShapeError, shape_of
 from trimtab.generator.local.llama import LlamaRunner
 from trimtab.generator.local.runner import ModelRunner
-from trimtab.models import attention, cpu, last_layer, lora, norms, rotary
+from trimtab.models import attention, cpu, gated, last_layer, lora, norms, rotary
 from trimtab.models.packing import pack
 from trimtab.models.policy import body_forward
 
@@ -36,7 +36,7 @@ def qwen3(layers: int) -> Qwen3ForCausalLM:
 
 def kept_bytes(model: torch.nn.Module, tokens: int, sequences: int) -> int:
     """What autograd keeps of a packed forward pass, each storage counted once, parameters left out."""
-    for shorten in (norms.shorten, rotary.shorten, last_layer.shorten):
+    for shorten in (norms.shorten, rotary.shorten, gated.shorten, last_layer.shorten):
         shorten(model)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -119,7 +119,7 @@ def test_a_generators_packed_weights_are_counted(tmp_path):
 def test_more_ranks_share_what_is_kept_and_not_what_passes():
     from trimtab.doctor.shapes import ModelShape
 
-    shape = ModelShape(10**9, 10**8, 2 * 10**7, 40, 2048, 16, 8, 128, 5504, 50_000, False, True, False, 4096)
+    shape = ModelShape(10**9, 10**8, 2 * 10**7, 40, 2048, 16, 8, 128, 5504, 50_000, False, True, 2, False, 4096)
     one, eight = (memory.trained_model(shape, memory.Setting(2, 8192, 2048, True, False, ranks)) for ranks in (1, 8))
     assert eight.parts["optimizer"] * 8 == one.parts["optimizer"] == 8 * shape.parameters
     assert eight.parts["activations"] == one.parts["activations"]
