@@ -60,9 +60,9 @@ def layer_activation_bytes(shape: ModelShape, compute_bytes: int, *, longest: in
     """What one block keeps of one token for its backward pass.
 
     Of width h: the normalised input and the output of two norms; of width a: queries, keys and values (repeated for
-    their group of queries) and attention's output in two layouts; of width i: `mlp_kept`; the
-    rotation's sine and, in float32, two norms' statistics and the log-sum-exp of each head. A CPU is taken for one that
-    multiplies short sequences' scores out; one that fuses their attention (models/cpu.py) keeps less.
+    their group of queries) and attention's output in two layouts; of width i: `mlp_kept`; the rotation's sine and, in
+    float32, two norms' statistics and the log-sum-exp of each head. A CPU is taken for one that multiplies short
+    sequences' scores out; one that fuses their attention (models/cpu.py) keeps less.
     """
     h, a, i = shape.hidden, shape.attention_width, shape.intermediate
     attention, statistics = 5 * a + shape.head_dim, 4 * shape.heads + 8

@@ -20,12 +20,12 @@ from trimtab.weights.sources import PlainSource, parse_source, resolve_reference
 from trimtab.weights.store import Store
 
 
-class UnknownShapeError(Exception):
-    """The model's config cannot be had from here; the message says why."""
-
-
 MLP_KEPT = 4
 """Of an MLP with a gate: gate, up, activated gate and their product. `models.gated` keeps the first two."""
+
+
+class UnknownShapeError(Exception):
+    """The model's config cannot be had from here; the message says why."""
 
 
 @dataclass(frozen=True)

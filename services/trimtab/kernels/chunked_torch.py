@@ -144,9 +144,8 @@ class HeadGradients:
                 )
             if self._dweight_VD.numel():
                 scaled_CD = x_CD if scale_C is None else x_CD * scale_C[:, None]
-                self._dweight_VD.addmm_(
-                    dz_CV.T, scaled_CD, beta=1 if self._filled else 0
-                )  # 0: what was there is not read
+                # With 0 what is there is not read.
+                self._dweight_VD.addmm_(dz_CV.T, scaled_CD, beta=1 if self._filled else 0)
                 self._filled = True
         if self._dbias_V.numel():
             self._dbias_V += dz_CV.sum(0) if scale_C is None else scale_C @ dz_CV
