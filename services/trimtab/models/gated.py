@@ -7,13 +7,14 @@ Suffixes: N tokens, D hidden size, F intermediate size.
 
 from __future__ import annotations
 
-import inspect
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from transformers.models.llama.modeling_llama import LlamaMLP
+
+from trimtab.models.last_layer import instructions
 
 
 class GatedDown(torch.autograd.Function):
@@ -57,20 +58,12 @@ def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_gated(module: Any) -> bool:
-    return _is_llamas(type(module)) and _is_silu(module.act_fn)
+    return instructions(type(module)) == instructions(LlamaMLP) and _is_silu(module.act_fn)
 
 
 def _is_plain(down: Any) -> bool:
     """Whether it is no more than a product with its weight: neither biased nor an adapter."""
     return type(down) is torch.nn.Linear and down.bias is None
-
-
-def _is_llamas(kind: type) -> bool:
-    """Whether a module's forward does what LlamaMLP's does: its byte code and the names that it reads."""
-    theirs, llamas = (
-        getattr(inspect.unwrap(forward), "__code__", None) for forward in (kind.forward, LlamaMLP.forward)
-    )
-    return theirs is not None and (theirs.co_code, theirs.co_names) == (llamas.co_code, llamas.co_names)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 def shorten(model: PreTrainedModel) -> None:
     """Let the last layer of a model of Llama's layers heed `wanted_R`; other families' layers stay as they are."""
     layer = _last_layer(model)
-    if layer is not None and _instructions(type(layer)) == _instructions(LlamaDecoderLayer):
+    if layer is not None and instructions(type(layer)) == instructions(LlamaDecoderLayer):
         layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
 
 
@@ -44,7 +44,7 @@ def _last_layer(model: PreTrainedModel) -> torch.nn.Module | None:
     return layers[-1] if isinstance(layers, torch.nn.ModuleList) and len(layers) else None
 
 
-def _instructions(kind: type) -> tuple[bytes, tuple[str, ...], tuple[str, ...]]:
-    """What a layer's forward does: its byte code and the names that it reads."""
-    code: CodeType = inspect.unwrap(kind.forward).__code__  # type: ignore[attr-defined]
-    return code.co_code, code.co_names, code.co_varnames
+def instructions(kind: type[torch.nn.Module]) -> tuple[bytes, tuple[str, ...], tuple[str, ...]] | None:
+    """What a module's forward does: its byte code and the names that it reads. None where it is not Python's."""
+    code: CodeType | None = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return None if code is None else (code.co_code, code.co_names, code.co_varnames)
