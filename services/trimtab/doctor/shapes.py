@@ -19,7 +19,6 @@ from trimtab.weights.errors import StoreError
 from trimtab.weights.sources import PlainSource, parse_source, resolve_reference
 from trimtab.weights.store import Store
 
-
 MLP_KEPT = 4
 """Of an MLP with a gate: gate, up, activated gate and their product. `models.gated` keeps the first two."""
 
