@@ -159,6 +159,7 @@ def test_an_admin_rolls_back_with_a_click_and_a_second_one(browser: Browser, roo
         row.get_by_role("button").click()
         page.get_by_role("button", name="Move the pointer").click()
         expect(page.locator("tr.current td").first).to_contain_text(f"{step} current")
+        page.wait_for_load_state()  # the page was loaded anew: its buttons do nothing before its script has run
 
 
 @needs_browser
