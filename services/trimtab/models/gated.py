@@ -1,7 +1,7 @@
 """The gated MLP of Llama and its kin, which keeps half as much for its backward pass.
 
-Autograd keeps gate and up, silu(gate), and its product with up: for most models half of all that a training step keeps
-of a layer. Here the last two are made again from the first. `shorten` puts this in place of every such MLP.
+Autograd keeps gate and up, silu(gate), and its product with up. Here the last two are made again from the first two.
+`shorten` puts this in place of every such MLP.
 Suffixes: N tokens, D hidden size, F intermediate size.
 """
 
@@ -11,7 +11,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
+from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from trimtab.models.last_layer import instructions
