@@ -25,8 +25,9 @@ START_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class Server:
-    """How a server is started; `dialect` is how it is asked."""
+    """How a server is started; `dialect` is how it is asked, `side` what the tables call it."""
 
+    side: str
     dialect: str
     command: tuple[str, ...]
     port: int
@@ -38,14 +39,16 @@ class Server:
         return f"127.0.0.1:{self.port}"
 
 
-def trimtab(model: Path, dtype: str, threads: int) -> Server:
+def trimtab(model: Path, dtype: str, threads: int, *, own_process: bool) -> Server:
     """`trimtab serve reward`, texts read as the bare tokenizer reads them."""
     port, metrics_port = free_port(), free_port()
     settings = {"dtype": dtype, "threads": threads, "metrics_port": metrics_port, "text_encoding": "plain"}
+    settings |= {"own_process": own_process}
     command = [sys.executable, "-m", "trimtab", "serve", "reward", "--model", str(model), "--port", str(port)]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
-    return Server("trimtab", tuple(command), port, metrics_port, thread_environment(threads))
+    side = "trimtab, own process" if own_process else "trimtab"
+    return Server(side, "trimtab", tuple(command), port, metrics_port, thread_environment(threads))
 
 
 def openrlhf(python: Path, model: Path, threads: int, scratch: Path) -> Server:
@@ -54,7 +57,7 @@ def openrlhf(python: Path, model: Path, threads: int, scratch: Path) -> Server:
     command = [str(python), "-m", "openrlhf.cli.serve_rm", "--reward.model_name_or_path", str(model)]
     command += ["--ds.attn_implementation", "sdpa", "--host", "127.0.0.1", "--port", str(port)]
     environment = thread_environment(threads) | {"PYTHONPATH": str(write_flash_attn_stand_in(scratch))}
-    return Server("openrlhf", tuple(command), port, environment=environment)
+    return Server("OpenRLHF", "openrlhf", tuple(command), port, environment=environment)
 
 
 def vllm(python: Path, model: Path, dtype: str, threads: int) -> Server:
@@ -64,7 +67,7 @@ def vllm(python: Path, model: Path, dtype: str, threads: int) -> Server:
     command += ["--served-model-name", MODEL_NAME, "--runner", "pooling", "--convert", "classify", "--enforce-eager"]
     command += ["--dtype", dtype, "--host", "127.0.0.1", "--port", str(port)]
     environment = thread_environment(threads) | {"PYTHONPATH": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return Server("vllm", tuple(command), port, environment=environment)
+    return Server("vLLM", "vllm", tuple(command), port, environment=environment)
 
 
 def write_flash_attn_stand_in(scratch: Path) -> Path:

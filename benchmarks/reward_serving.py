@@ -21,6 +21,7 @@ import tempfile
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -94,7 +95,7 @@ def measure_server(model: str, server: Server, pid: int, texts: Path, clients: i
     spent = _spent(before, _metrics(server), asked_s) if before else None
     return Row(
         model,
-        server.dialect,
+        server.side,
         clients,
         found["requests_per_second"],
         found["p50_ms"],
@@ -161,7 +162,8 @@ def check_agreement(rows: Sequence[Row]) -> tuple[float, float]:
 
 def compare(model: str, folder: Path, texts: Path, options: argparse.Namespace, scratch: Path) -> list[Row]:
     """All sides in turn, each as often as there are rounds."""
-    starts: list[Callable[[], Server]] = [lambda: reward_servers.trimtab(folder, options.dtype, options.threads)]
+    ours = partial(reward_servers.trimtab, folder, options.dtype, options.threads)
+    starts: list[Callable[[], Server]] = [partial(ours, own_process=False), partial(ours, own_process=True)]
     if options.openrlhf_python and options.dtype == "bfloat16":
         starts.append(lambda: reward_servers.openrlhf(options.openrlhf_python, folder, options.threads, scratch))
     if options.vllm_python:
@@ -172,7 +174,7 @@ def compare(model: str, folder: Path, texts: Path, options: argparse.Namespace, 
         rows += [measure_bare(model, folder, texts, clients, options) for clients in options.clients]
         for start in starts:
             server = start()
-            with running(server, scratch / f"{model}-{number}-{server.dialect}.log") as process:
+            with running(server, scratch / f"{model}-{number}-{server.side}.log") as process:
                 wait_until_quiet(options.quiet_cores, timeout_s=options.quiet_timeout_s)
                 for clients in options.clients:
                     try:
@@ -180,9 +182,9 @@ def compare(model: str, folder: Path, texts: Path, options: argparse.Namespace, 
                     except RuntimeError as error:
                         if server.dialect == "trimtab":
                             raise
-                        print(f"  {server.dialect} does not serve the {model} model: {error}", file=sys.stderr)
+                        print(f"  {server.side} does not serve the {model} model: {error}", file=sys.stderr)
                         break
-                    print(f"  {server.dialect} {clients}: {rows[-1].per_second:.0f}/s", file=sys.stderr)
+                    print(f"  {server.side} {clients}: {rows[-1].per_second:.0f}/s", file=sys.stderr)
     return rows
 
 
@@ -226,13 +228,13 @@ def show(console: Console, title: str, rows: Sequence[Row]) -> None:
         )
     console.print(table)
     table = Table(title="where trimtab's time goes (means)")
-    for column in ("clients", "in the server ms", "a batch ms", "sequences a batch", "device busy"):
+    for column in ("clients", "side", "in the server ms", "a batch ms", "sequences a batch", "device busy"):
         table.add_column(column, justify="right")
     for row in rows:
         if (spent := row.spent) is not None:
             values = (spent.in_server_ms, spent.batch_ms, spent.sequences_per_batch)
             shown = [f"{value:.1f}" for value in values]
-            table.add_row(str(row.clients), *shown, f"{spent.device_busy:.0%}")
+            table.add_row(str(row.clients), row.side, *shown, f"{spent.device_busy:.0%}")
     console.print(table)
 
 

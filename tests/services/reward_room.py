@@ -1,5 +1,6 @@
 """A running reward server and stubs that speak to it, for tests."""
 
+import os
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -68,3 +69,10 @@ def field_of(error: grpc.aio.AioRpcError) -> str:
     bad = error_details_pb2.BadRequest()
     status.details[0].Unpack(bad)
     return bad.field_violations[0].field
+
+
+def children_that_run(module: str, of: int | None = None) -> list[int]:
+    """Process ids of `python -m module` that a process, by default this one, has started and that have not ended."""
+    parent = of or os.getpid()
+    found = map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+    return [pid for pid in found if f"\0-m\0{module}\0".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]

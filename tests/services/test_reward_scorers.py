@@ -1,7 +1,6 @@
 """Several scorers in one reward server: models, rules in processes of their own, weighted sums of both."""
 
 import asyncio
-import os
 import time
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from grpc import StatusCode
 from transformers import AutoTokenizer
 
-from tests.services.reward_room import Peer, field_of, refusal, serving
+from tests.services.reward_room import Peer, children_that_run, field_of, refusal, serving
 from trimtab.runtime.errors import StartError
 from trimtab.weights.store import open_store
 from trimtab_client import AsyncRewardClient, ModelVersion, RaggedTokens
@@ -235,17 +234,5 @@ async def test_no_process_of_a_rule_outlives_its_server(function):
     scorers = {"fine": function("fine", processes=2)}
     async with serving(None, scorers=scorers) as peer:
         await scores(peer, "fine", "abc")
-        children = [pid for pid in map(int, _children()) if _is_rule(pid)]
-        assert len(children) == 2
-    assert not any(_is_rule(pid) for pid in children)
-
-
-def _children() -> list[str]:
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-
-
-def _is_rule(pid: int) -> bool:
-    try:
-        return b"rule_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+        assert len(children_that_run("trimtab.reward.rule_process")) == 2
+    assert not children_that_run("trimtab.reward.rule_process")

@@ -19,6 +19,8 @@ from trimtab.trainer.stages import PpoConfig, RewardModelConfig, SftConfig, Stag
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GPU_SCRATCH_BYTES = 1 << 30
 """`kernels.triton_ppo.SCRATCH_BYTES`, which cannot be imported where there is no Triton."""
+COMPILED_KERNELS_BYTES = 20 << 20
+"""Of oneDNN on a CPU that multiplies bfloat16 in hardware: a kernel for every shape. Measured: 17 to 19 MB."""
 CACHE_COLUMNS = 64
 """The KV cache keeps half its longest sequence as room to grow, in columns of so many."""
 
@@ -87,10 +89,13 @@ def activation_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def head_bytes(shape: ModelShape, setting: Setting) -> int:
-    """Of the fused head: the float32 gradient of its weight and the scratch for rows of logits, never all of them."""
+    """Of the fused head: the float32 gradient of its weight and the scratch for rows of logits, never all of them.
+
+    On a CPU it computes in float32: a smaller weight is copied to it, its gradient rounded from it.
+    """
     weight = 4 * shape.head_parameters
     if setting.on_cpu:
-        cast = weight if setting.compute_bytes < 4 else 0
+        cast = weight + setting.compute_bytes * shape.head_parameters if setting.compute_bytes < 4 else 0
         return weight + cast + setting.logits * min(CHUNK_BYTES, 4 * setting.tokens * shape.vocabulary)
     return weight + min(GPU_SCRATCH_BYTES, 2 * setting.tokens * shape.vocabulary)
 
@@ -171,12 +176,15 @@ def trainer(
     *,
     on_cpu: bool,
     ranks: int = 1,
-    reference_bytes: int = 2,
 ) -> Need:
-    """One rank of the trainer of a stage; `value` is the value model of PPO with GAE.
+    """One rank of the trainer of a stage; `value` is the value model of PPO with GAE."""
+    need = _trained_models(stage, policy, value, on_cpu=on_cpu, ranks=ranks)
+    if not on_cpu or DTYPE_BYTES[stage.stage.compute_dtype] == 4:
+        return need
+    return Need({**need.parts, "compiled kernels": COMPILED_KERNELS_BYTES})
 
-    `reference_bytes` are those of a weight of the reference's LM head, which exact KL keeps.
-    """
+
+def _trained_models(stage: Stage, policy: ModelShape, value: ModelShape | None, *, on_cpu: bool, ranks: int) -> Need:
     shared = stage.stage
     longest = min(shared.max_length, policy.max_length)
     batch = _sequences(stage) * longest

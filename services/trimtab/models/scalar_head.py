@@ -28,6 +28,7 @@ class ScalarModel:
 
     Attributes:
         mean, std: normalised = (score − mean) / std.
+        is_normalized: whether its folder names them, as those that the reward stage writes do.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
@@ -44,6 +45,7 @@ class ScalarModel:
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type]
         self.mean = float(getattr(model.config, "trimtab_score_mean", 0.0))
         self.std = float(getattr(model.config, "trimtab_score_std", 1.0))
+        self.is_normalized = getattr(model.config, "trimtab_score_mean", None) is not None
         check_vocabulary(tokenizer, self.vocab_size, source)
 
     @classmethod
@@ -107,7 +109,7 @@ class ScalarModel:
 
     def set_normalization(self, mean: float, std: float) -> None:
         """Keep the constants, here and in the config that is saved."""
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.is_normalized = mean, std, True
         self.model.config.trimtab_score_mean = mean
         self.model.config.trimtab_score_std = std
 

@@ -27,6 +27,7 @@ class RewardConfig(ServiceConfig):
     max_length: int | None = Field(default=None, ge=1, description="Longest sequence, tokens; empty: the model's own.")
     batch_tokens: int = Field(default=16_384, ge=1, description="Most tokens of one packed forward.")
     deterministic: bool = Field(default=False, description="Scores are bitwise the same in any company.")
+    own_process: bool = Field(default=False, description="The model computes in a process of its own.")
     text_encoding: Literal["auto", "trained", "plain"] = Field(default="auto", description="How texts become tokens.")
     timeout_s: float = Field(default=60.0, gt=0, description="A call of the model that takes longer is given up.")
 

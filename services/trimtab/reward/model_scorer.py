@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from trimtab.models.scalar_head import ScalarModel
-from trimtab.reward.scorer import Scorer, read_beside_running
+from trimtab.reward.forward import Forward, ModelForward, read_beside_running
+from trimtab.reward.forward_messages import ModelFacts, Order
+from trimtab.reward.forward_runner import ProcessForward
+from trimtab.reward.scorer import Scorer
 from trimtab.reward.scorer_config import ModelSettings
 from trimtab.reward.scorers import Scored, within
 from trimtab.reward.sequences import read_sequences
@@ -41,7 +44,7 @@ def score_items(items: list[ScoreItem]) -> list[float | Exception]:
     results: list[float | Exception] = [internal("the sequence was not scored")] * len(items)
     for scorer, alone in {(item.scorer, item.alone) for item in items}:
         mine = [index for index, item in enumerate(items) if item.scorer is scorer and item.alone == alone]
-        scores_B = scorer.score([items[index].token_ids for index in mine], alone=alone)
+        scores_B = scorer.forward.score([items[index].token_ids for index in mine], alone=alone)
         for index, score in zip(mine, scores_B.tolist(), strict=True):
             results[index] = score if np.isfinite(score) else _not_finite(items[index].position, score)
     return results
@@ -71,9 +74,9 @@ class ModelScorer:
         """Load the model and follow its pointer. Raises ModelLoadError or StoreError where it cannot be used."""
         worker = context.new_worker(name)
         metrics = context.metrics if worker is context.worker else None  # the step that is shown is the first model's
-        stager = Stager(worker, settings, context.config.limits, context.config.device, store)
+        stager = Stager(worker, settings, context, store)
         followed = parse_reference(settings.follow) if settings.follow is not None else None
-        first = await worker.run(stager.first)
+        first = await stager.first()
         served = ServedModel(first, stage=stager.stage if store is not None else None, metrics=metrics)
         if store is not None and followed is not None:
             watcher = PointerWatcher(
@@ -87,8 +90,9 @@ class ModelScorer:
             queue_limit=settings.queue_limit,
             metrics=context.metrics,
         )
-        context.on_close(batcher.close)
-        return cls(name, settings, served, batcher, context.config.limits)
+        scorer = cls(name, settings, served, batcher, context.config.limits)
+        context.on_close(scorer.close)
+        return scorer
 
     async def score(
         self, request: reward_pb2.ScoreRequest, pin: model_pb2.VersionPin | None, deadline: float | None
@@ -111,6 +115,11 @@ class ModelScorer:
             raise _not_finite(position, float(normalized_B[position]))
         return Scored(scores_B, normalized_B, served.version, cut)
 
+    async def close(self) -> None:
+        """Refuse new work, let the running batch end, and end what computes elsewhere."""
+        await self._batcher.close()
+        await self.served.current.model.forward.close()
+
     def info(self) -> model_pb2.ScorerInfo:
         now = self.served.current
         return model_pb2.ScorerInfo(
@@ -127,29 +136,33 @@ class Stager:
     """Makes a model of settings servable: the first one at start, published versions beside the one that is served."""
 
     def __init__(
-        self, worker: DeviceWorker, settings: ModelSettings, limits: RequestLimits, device: str, store: Store | None
+        self, worker: DeviceWorker, settings: ModelSettings, context: ServerContext, store: Store | None
     ) -> None:
         self._worker = worker
         self._settings = settings
-        self._limits = limits
-        self._device = device
+        self._context = context
         self._store = store
 
-    def first(self) -> Served[Scorer]:
-        """What the settings name. Device thread only."""
-        source = resolve_source(self._settings.model, self._store)
-        model = ScalarModel.load(source.path_or_id, dtype=self._settings.dtype, device=self._device)
-        served = self._served(model, source.version)
-        served.model.check()
-        return served
+    async def first(self) -> Served[Scorer]:
+        """What the settings name. Raises StoreError or ModelLoadError."""
+        source = await asyncio.to_thread(resolve_source, self._settings.model, self._store)
+        if self._settings.own_process:
+            return await self._checked(*await self._start(source.path_or_id), source.version)
+        options = {"dtype": self._settings.dtype, "device": self._context.config.device}
+        model = await self._worker.run(ScalarModel.load, source.path_or_id, **options)
+        return await self._checked(model, await self._worker.run(ModelForward, model), source.version)
 
     async def stage(self, version: ModelVersion) -> Served[Scorer]:
         """Fetch, verify, load and try it. Raises StoreError or ModelLoadError; the old version then stays."""
-        served = await asyncio.to_thread(self._read, version)
-        await self._worker.run(served.model.check)
-        return served
+        folder, whole = await asyncio.to_thread(self._fetch, version)
+        if self._settings.own_process:
+            return await self._checked(*await self._start(folder), whole)
+        options = {"dtype": self._settings.dtype, "device": self._context.config.device}
+        model = await asyncio.to_thread(read_beside_running, folder, **options)
+        return await self._checked(model, await asyncio.to_thread(ModelForward, model), whole)
 
-    def _read(self, version: ModelVersion) -> Served[Scorer]:
+    def _fetch(self, version: ModelVersion) -> tuple[str, ModelVersion]:
+        """The folder of a version and its full name."""
         assert self._store is not None
         manifest = self._store.get(version.run_id, version.name, version.step)
         if version.digest not in ("", manifest.version.digest):
@@ -157,18 +170,32 @@ class Stager:
                 f"{version} has digest {manifest.version.digest} in the store, not {version.digest}",
                 field="version.digest",
             )
-        folder = str(self._store.fetch(manifest))
-        model = read_beside_running(folder, dtype=self._settings.dtype, device=self._device)
-        return self._served(model, manifest.version)
+        return str(self._store.fetch(manifest)), manifest.version
 
-    def _served(self, model: ScalarModel, version: ModelVersion) -> Served[Scorer]:
-        scorer = Scorer(
-            model,
-            max_length=self._settings.max_length,
-            text_encoding=self._settings.text_encoding,
-            deterministic=self._settings.deterministic,
+    async def _start(self, path_or_id: str) -> tuple[ModelFacts, ProcessForward]:
+        config = self._context.config
+        order = Order(
+            path_or_id, self._settings.dtype, config.device, config.threads, config.log_level, config.log_format
         )
-        return Served(version, scorer, describe(model, version, max_length=scorer.max_length, limits=self._limits))
+        return await ProcessForward.start(order, self._context)
+
+    async def _checked(
+        self, model: ScalarModel | ModelFacts, forward: Forward, version: ModelVersion
+    ) -> Served[Scorer]:
+        try:
+            scorer = Scorer(
+                model,
+                forward,
+                max_length=self._settings.max_length,
+                text_encoding=self._settings.text_encoding,
+                deterministic=self._settings.deterministic,
+            )
+            await self._worker.run(scorer.check)
+        except BaseException:
+            await forward.close()
+            raise
+        limits = self._context.config.limits
+        return Served(version, scorer, describe(model, version, max_length=scorer.max_length, limits=limits))
 
 
 def _not_finite(position: int, score: float) -> Exception:

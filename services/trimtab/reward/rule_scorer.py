@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.models.tokenizers import decode, decode_continuation
+from trimtab.reward.forward_messages import ModelFacts
 from trimtab.reward.rule_runner import RuleRunner
 from trimtab.reward.rules import Response
 from trimtab.reward.scorer_config import AnswerSettings, AnyRule, FunctionSettings
@@ -32,7 +33,11 @@ class RuleScorer:
     """
 
     def __init__(
-        self, name: str, settings: AnyRule, limits: RequestLimits, models: Callable[[], Sequence[ScalarModel]]
+        self,
+        name: str,
+        settings: AnyRule,
+        limits: RequestLimits,
+        models: Callable[[], Sequence[ScalarModel | ModelFacts]],
     ) -> None:
         self.name = name
         self.kind = settings.kind

@@ -26,6 +26,11 @@ class ModelSettings(_Settings):
     deterministic: bool = Field(
         default=False, description="A forward for each sequence: scores are bitwise the same in any company."
     )
+    own_process: bool = Field(
+        default=False,
+        description="The model computes in a process of its own, so that reading requests and computing do not take "
+        "turns: more scores a second from small models and small requests, for one more process's memory.",
+    )
     text_encoding: Literal["auto", "trained", "plain"] = Field(
         default="auto",
         description="trained: as the reward stage encodes its rankings, with an end token behind the response; "

@@ -13,6 +13,7 @@ import grpc.aio
 from trimtab.models.errors import ModelLoadError
 from trimtab.models.scalar_head import ScalarModel
 from trimtab.reward.config import RewardConfig
+from trimtab.reward.forward_messages import ModelFacts
 from trimtab.reward.model_scorer import ModelScorer
 from trimtab.reward.rule_scorer import RuleScorer
 from trimtab.reward.scorer_config import ModelSettings, SumSettings
@@ -63,7 +64,7 @@ async def _load_scorers(config: RewardConfig, context: ServerContext) -> dict[st
     models: dict[str, ModelScorer] = {}
     rules: dict[str, RuleScorer] = {}
 
-    def served_models() -> list[ScalarModel]:
+    def served_models() -> list[ScalarModel | ModelFacts]:
         return [scorer.served.current.model.model for scorer in models.values()]
 
     for name, wanted in settings.items():
