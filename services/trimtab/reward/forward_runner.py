@@ -31,9 +31,8 @@ class ProcessForward:
     """
 
     def __init__(self, connection: Connection, process: Process) -> None:
-        self._connection = connection
+        self._connection = connection  # closes when it is collected
         self._process = process
-        weakref.finalize(self, connection.close)
 
     @classmethod
     async def start(cls, order: Order, context: ServerContext) -> tuple[ModelFacts, ProcessForward]:
