@@ -42,8 +42,13 @@ class Server:
 def trimtab(model: Path, dtype: str, threads: int, *, own_process: bool) -> Server:
     """`trimtab serve reward`, texts read as the bare tokenizer reads them."""
     port, metrics_port = free_port(), free_port()
-    settings = {"dtype": dtype, "threads": threads, "metrics_port": metrics_port, "text_encoding": "plain"}
-    settings |= {"own_process": own_process}
+    settings = {
+        "dtype": dtype,
+        "threads": threads,
+        "metrics_port": metrics_port,
+        "text_encoding": "plain",
+        "own_process": own_process,
+    }
     command = [sys.executable, "-m", "trimtab", "serve", "reward", "--model", str(model), "--port", str(port)]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]

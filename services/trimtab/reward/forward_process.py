@@ -1,7 +1,7 @@
 """The process that a reward model computes in: `python -m trimtab.reward.forward_process FD`.
 
 Requests are read, checked and encoded by the server's interpreter; a forward of many small operations needs one too.
-With one of its own neither waits for the other, and a new version loads without a pause of the one that serves.
+With one of its own neither waits for the other.
 
 Over the socket FD come the objects of forward_messages.py, pickled: first an `Order`, answered with `ModelFacts`, then
 `Work`, answered with float32 scores [B]; a `Failure` in place of either. It ends with the socket.

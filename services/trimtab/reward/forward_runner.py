@@ -47,12 +47,14 @@ class ProcessForward:
             forward = cls(Connection(ours.detach()), process)
         try:
             facts = await asyncio.to_thread(forward._ask, order)
-        except BaseException as error:
+        except (EOFError, ConnectionError) as error:
+            await forward.close()  # it may still be writing why
+            reason = f"{order.path_or_id}: its process ended with code {process.returncode}"
+            raise ModelLoadError("model", reason) from error
+        except BaseException:
             if process.returncode is None:
                 process.kill()  # what waits for its answer is woken by the end of the socket
-            code = await process.wait()
-            if isinstance(error, (EOFError, ConnectionError)):
-                raise ModelLoadError("model", f"{order.path_or_id}: its process ended with code {code}") from error
+            await process.wait()
             raise
         if isinstance(facts, Failure):
             await forward.close()
