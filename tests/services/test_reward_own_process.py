@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 import torch
 from grpc import StatusCode
 
 from tests.services.reward_room import TIMEOUT_S, Peer, children_that_run, refusal, serving
 from trimtab.reward import forward_runner
+from trimtab.reward.forward_messages import Order
+from trimtab.reward.forward_runner import ProcessForward
 from trimtab.runtime.errors import StartError
 from trimtab.weights.store import open_store
 from trimtab_client.v1 import model_pb2, reward_pb2, reward_pb2_grpc, tokens_pb2
@@ -116,7 +119,18 @@ async def test_a_process_that_ends_while_it_loads_is_a_reason_not_to_start(folde
             pytest.fail("it was served")
 
 
-async def test_a_batch_that_fails_fails_its_calls_alone(make_tiny):
+async def test_a_batch_that_fails_leaves_the_process_serving(folder):
+    order = Order(str(folder), dtype="float32", device="cpu", threads=1, log_level="info", log_format="json")
+    async with serving(folder) as peer:
+        _, forward = await ProcessForward.start(order, peer.server.context)
+        with pytest.raises(RuntimeError, match="IndexError"):
+            await asyncio.to_thread(forward.score, [np.array([10**6], np.int32)], alone=True)
+        scores = await asyncio.to_thread(forward.score, [np.array([1], np.int32)], alone=True)
+        assert np.isfinite(scores).all()
+        await forward.close()
+
+
+async def test_a_score_that_is_no_number_fails_its_call_alone(make_tiny):
     def poison(model: torch.nn.Module) -> None:
         model.get_input_embeddings().weight.data[20] = float("nan")
 
