@@ -17,7 +17,6 @@ from trimtab.generator.engine import StagedPatches, StagedWeights
 from trimtab.generator.local import selfcheck
 from trimtab.generator.patches import stage_patches
 from trimtab.generator.turns import quick_turns
-from trimtab.kernels.selfcheck import KernelMismatchError, check_selected_logprobs
 from trimtab.models.errors import ModelLoadError, OtherModelError
 from trimtab.models.folders import load_pretrained
 from trimtab.models.policy import Policy
@@ -58,10 +57,7 @@ def load_policy(config: GeneratorConfig, store: Store | None) -> LoadedPolicy:
         model = in_own_memory(model.to(config.device if local else "cpu"))  # type: ignore[arg-type]
         policy = Policy(model, load_tokenizer(source.path_or_id), config.model)  # type: ignore[arg-type]
         if config.self_check and local:
-            check_selected_logprobs(config.device)
             selfcheck.prepare(policy.model)
-    except KernelMismatchError as error:
-        raise StartError(f"kernels: {error}") from error
     except ModelLoadError as error:  # names its field itself
         raise StartError(str(error)) from error
     except (store_errors.StoreError, ValueError) as error:

@@ -132,3 +132,15 @@ def test_impossible_tokens_are_never_drawn_and_nan_is_reported() -> None:
     assert set(sample(logits, rows(DRAWS)).token_ids.tolist()) == {2}
     broken = sample(torch.full((1, 4), torch.nan), rows(1))
     assert np.isnan(broken.logprobs[0]) and 0 <= broken.token_ids[0] < 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.01, 0.7, 3.0])
+def test_logprobs_are_those_of_a_float64_log_softmax_however_far_the_logits_are_apart(temperature: float) -> None:
+    logits = torch.randn(64, 97, generator=torch.Generator().manual_seed(2)) * 8
+    logits[:, 5] += 200
+    banned = torch.zeros(64, 97, dtype=torch.bool)
+    banned[::2, 5] = True
+    got = sample(logits, rows(64, temperature=temperature, top_k=40), banned)
+    assert (got.token_ids[::2] != 5).all() and (got.token_ids[1::2] == 5).all()
+    exact = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1).numpy()
+    np.testing.assert_allclose(got.logprobs, exact[np.arange(64), got.token_ids], rtol=1e-6, atol=1e-6)

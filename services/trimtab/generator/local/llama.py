@@ -191,7 +191,6 @@ class LlamaRunner(LiveWeights):
     ) -> torch.Tensor:
         """Float32 logits of all tokens, or of those at `wanted_B`."""
         weights, formula, count = self._weights, self._formula, len(tokens_N)
-        shape = formula.shape
         rows_for = weights.layers[0].qkv.rows_for
         behind = (0, rows_for(count) - count)  # computed in vain
         tokens_N, positions_N = np.pad(tokens_N, behind), np.pad(positions_N, behind)
@@ -199,7 +198,7 @@ class LlamaRunner(LiveWeights):
         hidden_ND = functional.embedding(torch.from_numpy(tokens_N.astype(np.int64)), weights.embedding_VD)
         for index, layer in enumerate(weights.layers):
             qkv = formula.before(layer, hidden_ND, cos_N1d, sin_N1d)[:count]
-            attended_ND = attend(index, *qkv.split((shape.heads, shape.key_heads, shape.key_heads), dim=1))
+            attended_ND = attend(index, qkv)
             if wanted_B is not None and index == len(weights.layers) - 1:
                 attended_ND, hidden_ND, count = attended_ND[wanted_B], hidden_ND[wanted_B], len(wanted_B)
             attended_ND, hidden_ND = (padded(rows, rows_for(count)) for rows in (attended_ND, hidden_ND))

@@ -17,8 +17,8 @@ from trimtab.generator.local.row_cache import COLUMN_BUCKET, RowCache
 from trimtab.models.cpu import has_amx, is_intel
 from trimtab.models.llama import HeadShape
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, queries [N, H, head_dim], keys and values [N, key heads, head_dim]) → [N, H · head_dim]."""
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
+"""(layer, queries, keys and values side by side [N, heads and twice key heads, head_dim]) → [N, H · head_dim]."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,8 @@ class Span:
 def side_by_side(count: int, first: Attend, rest: Attend) -> Attend:
     """`first` of the first `count` tokens, `rest` of those behind them."""
 
-    def attend(layer: int, *qkv: torch.Tensor) -> torch.Tensor:
-        before, behind = ([part[tokens] for part in qkv] for tokens in (slice(None, count), slice(count, None)))
-        return torch.cat((first(layer, *before), rest(layer, *behind)))
+    def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        return torch.cat((first(layer, qkv[:count]), rest(layer, qkv[count:])))
 
     return attend
 
@@ -52,14 +51,12 @@ class RowAttention:
     def to_past(self, lengths_B: np.ndarray) -> Attend:
         """For one token a row: to the row's columns [0, length], its own among them."""
         shape, cache, rows = self._shape, self._cache, len(lengths_B)
-        starts = np.arange(rows * shape.key_heads).reshape(rows, -1) * cache.column_capacity
-        slots = torch.from_numpy((starts + lengths_B[:, None]).reshape(-1))
-        groups = self._widths(lengths_B)
+        slots, groups = cache.slots(lengths_B), self._widths(lengths_B)
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            q, kv = qkv.split((shape.heads, 2 * shape.key_heads), dim=1)
+            cache.write(layer, slots, kv)
             keys, values = cache.keys(layer), cache.values(layer)
-            keys.view(-1, shape.head_dim).index_copy_(0, slots, k.reshape(-1, shape.head_dim))
-            values.view(-1, shape.head_dim).index_copy_(0, slots, v.reshape(-1, shape.head_dim))
             if len(groups) == 1:
                 return self._one_token(q, keys[:rows], values[:rows], *groups[0][1:])
             attended = q.new_empty(rows, shape.heads * shape.head_dim)
@@ -120,11 +117,13 @@ class RowAttention:
         groups = [(start, length, len(list(members))) for (start, length, _), members in groupby(shapes)]
         rows_B = torch.tensor([span.row for span in spans])
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads = (self._shape.heads, self._shape.key_heads, self._shape.key_heads)
+
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             attended, first, token = [], 0, 0
             for start, length, count in groups:
                 rows, tokens = rows_B[first : first + count], slice(token, token + count * length)
-                parts = (part[tokens].unflatten(0, (count, length)).transpose(1, 2) for part in (q, k, v))
+                parts = qkv[tokens].unflatten(0, (count, length)).transpose(1, 2).split(heads, dim=1)
                 attended.append(self._prompt_tokens(layer, rows, start, *parts))
                 first, token = first + count, token + count * length
             return attended[0] if len(attended) == 1 else torch.cat(attended)

@@ -7,6 +7,7 @@ Which sequence sits in which row is slots.py's, running the model llama.py's.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 COLUMN_BUCKET = 64
@@ -14,14 +15,14 @@ FIRST_ROWS = 8
 
 
 class RowCache:
-    """One buffer, [keys and values, layers, rows, heads, columns, head_dim], that grows when it must.
+    """One buffer, [layers, keys and values, rows, heads, columns, head_dim], that grows when it must.
 
     It is zeroed where no sequence has written: a masked column must still be finite.
     """
 
     def __init__(self, layers: int, heads: int, head_dim: int, max_rows: int, dtype: torch.dtype) -> None:
         self._max_rows = max_rows
-        self._data = torch.zeros(2, layers, 0, heads, 0, head_dim, dtype=dtype)
+        self._data = torch.zeros(layers, 2, 0, heads, 0, head_dim, dtype=dtype)
 
     @property
     def row_capacity(self) -> int:
@@ -40,11 +41,22 @@ class RowCache:
 
     def keys(self, layer: int) -> torch.Tensor:
         """[row_capacity, heads, column_capacity, head_dim]; written in place."""
-        return self._data[0, layer]
+        return self._data[layer, 0]
 
     def values(self, layer: int) -> torch.Tensor:
         """As `keys`."""
-        return self._data[1, layer]
+        return self._data[layer, 1]
+
+    def slots(self, columns_B: np.ndarray) -> torch.Tensor:
+        """Where `write` puts one token a row of rows 0, 1, ..., given each one's column."""
+        _, two, rows, heads, columns, _ = self._data.shape
+        starts = np.arange(two * rows * heads).reshape(two, rows, heads)[:, : len(columns_B)] * columns
+        return torch.from_numpy((starts + columns_B[:, None]).swapaxes(0, 1).reshape(-1))
+
+    def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
+        """Keys and values of one token a row, [B, twice heads, head_dim]."""
+        size = kv.shape[-1]
+        self._data[layer].view(-1, size).index_copy_(0, slots, kv.reshape(-1, size))
 
     def reserve(self, rows: int, columns: int) -> None:
         """Make room for that many rows and tokens a row; what is there stays."""
@@ -58,8 +70,8 @@ class RowCache:
         new_columns = self.column_capacity
         if columns > new_columns:
             new_columns = -(-(columns + columns // 2) // COLUMN_BUCKET) * COLUMN_BUCKET
-        two, layers, _, heads, _, head_dim = old.shape
-        self._data = old.new_zeros(two, layers, new_rows, heads, new_columns, head_dim)
+        layers, two, _, heads, _, head_dim = old.shape
+        self._data = old.new_zeros(layers, two, new_rows, heads, new_columns, head_dim)
         self._data[:, :, : old.shape[2], :, : old.shape[4]] = old
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], columns: int) -> None:

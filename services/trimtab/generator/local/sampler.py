@@ -1,17 +1,14 @@
 """Choose one token a row from logits, all rows at once, and report its log-probability.
 
-The reported number is log_softmax(logits / temperature) over the full vocabulary in float32, whatever top-p, top-k or
-min_tokens narrowed the choice to; it is made by `kernels`, as the trainer's and the reference's are. The draw is by
-inverse CDF of one uniform number a row, so it depends on the row's own logits and this number only. Where the tokens
-go is slots.py's matter.
+The reported number is log_softmax(logits / temperature) over the full vocabulary, whatever top-p, top-k or min_tokens
+narrowed the choice to; its sum is the one that the draw needs, in float64. The draw is by inverse CDF of one uniform
+number a row, so it depends on the row's own logits and this number only. Where the tokens go is slots.py's matter.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-
-from trimtab.kernels.api import selected_logprobs_from_logits
 
 
 @dataclass(frozen=True)
@@ -44,22 +41,27 @@ def choose(
     """As `sample`, with token ids int64 [B] and log-probs float32 [B] left on the device."""
     device = logits_BV.device
     greedy_B = rows.temperatures == 0
-    divisors_B = torch.from_numpy(np.where(greedy_B, np.float32(1), rows.temperatures)).to(device)
-    allowed_BV = logits_BV if banned_BV is None else logits_BV.masked_fill(banned_BV, -torch.inf)
-    if greedy_B.all():
-        tokens_B = allowed_BV.argmax(dim=-1)
-    else:
-        highest_B1 = allowed_BV.amax(dim=-1, keepdim=True)
-        weights_BV = torch.exp((allowed_BV - highest_B1) / divisors_B[:, None])
-        narrowed = np.flatnonzero((rows.top_ps < 1.0) | (rows.top_ks > 0))
-        if narrowed.size:
-            index = torch.from_numpy(narrowed).to(device)
-            weights_BV[index] = _narrow(weights_BV[index], rows.top_ps[narrowed], rows.top_ks[narrowed])
-        tokens_B = _inverse_cdf(weights_BV, torch.from_numpy(rows.draws).to(device))
-        if greedy_B.any():
-            tokens_B = torch.where(torch.from_numpy(greedy_B).to(device), allowed_BV.argmax(dim=-1), tokens_B)
-    logprobs_B, lse_B, _ = selected_logprobs_from_logits(logits_BV, tokens_B, temperature=divisors_B)
-    return tokens_B, torch.where(torch.isfinite(lse_B), logprobs_B, torch.nan)
+    divisors_B1 = torch.from_numpy(np.where(greedy_B, np.float32(1), rows.temperatures)).to(device)[:, None]
+    highest_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    weights_BV = (logits_BV - highest_B1).div_(divisors_B1).exp_()
+    cdf_BV = torch.cumsum(weights_BV, dim=-1, dtype=torch.float64)
+    total_B1 = cdf_BV[:, -1:]
+    allowed_BV = logits_BV
+    if banned_BV is not None:
+        allowed_BV = logits_BV.masked_fill(banned_BV, -torch.inf)
+        weights_BV = (allowed_BV - allowed_BV.amax(dim=-1, keepdim=True)).div_(divisors_B1).exp_()
+    narrowed = np.flatnonzero((rows.top_ps < 1.0) | (rows.top_ks > 0))
+    if narrowed.size:
+        index = torch.from_numpy(narrowed).to(device)
+        weights_BV[index] = _narrow(weights_BV[index], rows.top_ps[narrowed], rows.top_ks[narrowed])
+    if banned_BV is not None or narrowed.size:
+        cdf_BV = torch.cumsum(weights_BV, dim=-1, dtype=torch.float64)
+    tokens_B1 = _inverse_cdf(cdf_BV, torch.from_numpy(rows.draws).to(device))
+    if greedy_B.any():
+        greedy_B1 = torch.from_numpy(greedy_B).to(device)[:, None]
+        tokens_B1 = torch.where(greedy_B1, allowed_BV.argmax(dim=-1, keepdim=True), tokens_B1)
+    shifted_B1 = (logits_BV.gather(1, tokens_B1) - highest_B1).div_(divisors_B1)
+    return tokens_B1[:, 0], (shifted_B1 - total_B1.log())[:, 0].float()
 
 
 def _narrow(weights_BV: torch.Tensor, top_ps: np.ndarray, top_ks: np.ndarray) -> torch.Tensor:
@@ -79,10 +81,8 @@ def _narrow(weights_BV: torch.Tensor, top_ps: np.ndarray, top_ks: np.ndarray) ->
     return torch.zeros_like(weights_BV).scatter_(1, order_BV, sorted_BV.masked_fill(dropped_BV, 0.0))
 
 
-def _inverse_cdf(weights_BV: torch.Tensor, draws_B: torch.Tensor) -> torch.Tensor:
-    """The first token whose cumulative weight exceeds draw * total; never one of weight 0."""
-    cdf_BV = torch.cumsum(weights_BV, dim=-1, dtype=torch.float64)
-    targets_B1 = draws_B[:, None] * cdf_BV[:, -1:]
-    tokens_B = torch.searchsorted(cdf_BV, targets_B1, right=True)[:, 0]
+def _inverse_cdf(cdf_BV: torch.Tensor, draws_B: torch.Tensor) -> torch.Tensor:
+    """The first token [B, 1] whose cumulative weight exceeds draw * total; never one of weight 0."""
+    tokens_B1 = torch.searchsorted(cdf_BV, draws_B[:, None] * cdf_BV[:, -1:], right=True)
     # Only a row of NaN runs off the end; its log-prob says so.
-    return tokens_B.clamp_(max=weights_BV.shape[1] - 1)
+    return tokens_B1.clamp_(max=cdf_BV.shape[1] - 1)
