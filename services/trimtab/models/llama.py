@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trimtab.models.llama_weights import Layer
+from trimtab.models.llama_weights import Layer, lies_in_pairs
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,19 @@ class LlamaFormula:
         self._rotary_embedding = body.rotary_emb
         self._rotary = torch.empty(0)
 
-    def before(self, layer: Layer, hidden_ND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def before(self, layer: Layer, hidden_ND: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values side by side, [N, heads and twice key heads, head_dim]."""
         heads, turned = self.shape.heads, self.shape.heads + self.shape.key_heads
         qkv = layer.qkv(self.norm(hidden_ND, layer.input_norm)).view(len(hidden_ND), -1, self.shape.head_dim)
         if layer.query_norm is not None and layer.key_norm is not None:
             qkv[:, :heads] = self.norm(qkv[:, :heads], layer.query_norm)
             qkv[:, heads:turned] = self.norm(qkv[:, heads:turned], layer.key_norm)
-        # Rotary positions (RoFormer, in GPT-NeoX's layout): the sine's first half is negative.
         qk = qkv[:, :turned]
-        qkv[:, :turned] = (qk * cos).addcmul_(qk.roll(self.shape.head_dim // 2, -1), sin)
+        if turns.is_complex():
+            torch.view_as_complex(qk.view(len(qk), turned, -1, 2)).mul_(turns)
+        else:
+            cos, sin = turns.split(1, dim=1)
+            qkv[:, :turned] = (qk * cos).addcmul_(qk.roll(self.shape.head_dim // 2, -1), sin)
         return qkv
 
     def after(self, layer: Layer, attended_ND: torch.Tensor, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -67,13 +70,19 @@ class LlamaFormula:
         inverse = torch.addcmul(self._epsilon, norm, norm, value=1 / x.shape[-1]).rsqrt_()
         return (wide * inverse).to(x.dtype).mul_(weight)
 
-    def turns(self, positions_N: np.ndarray, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [N, 1, head_dim] in the dtype of `like`, the sine's first half negative."""
+    def turns(self, positions_N: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+        """What turns queries and keys to their rotary positions (RoFormer, arXiv:2104.09864).
+
+        In float32, whose weights lay the two halves of a head in pairs, e^iθ as complex numbers [N, 1, head_dim / 2];
+        else cos and sin [N, 2, head_dim] in the dtype of `like`, the sine's first half negative.
+        """
         needed = int(positions_N.max()) + 1
         if self._rotary.shape[0] < needed:
             positions = torch.arange(max(256, 2 ** (needed - 1).bit_length()))[None]
-            cos, sin = self._rotary_embedding(like[:1], positions)
+            cos, sin = (table[0] for table in self._rotary_embedding(like[:1], positions))
             half = sin.shape[-1] // 2
-            self._rotary = torch.stack((cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)), dim=1)
-        turns = self._rotary[torch.from_numpy(positions_N.astype(np.int64))]
-        return turns[:, :1], turns[:, 1:]
+            if lies_in_pairs(like.dtype):
+                self._rotary = torch.complex(cos[:, None, :half], sin[:, None, :half])
+            else:
+                self._rotary = torch.stack((cos, torch.cat((-sin[:, :half], sin[:, half:]), -1)), dim=1)
+        return self._rotary[torch.from_numpy(positions_N.astype(np.int64))]

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from trimtab.models.packed_linear import PackedLinear
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+TURNED = ("q_proj", "k_proj", "q_norm", "k_norm")
 FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 
 
@@ -27,6 +28,13 @@ def is_llama(model: PreTrainedModel) -> bool:
         and rotary.get("rope_type", "default") in FIXED_ROTARY
         and rotary.get("partial_rotary_factor", 1.0) == 1.0
     )
+
+
+def lies_in_pairs(dtype: torch.dtype) -> bool:
+    """Whether rows i and i + head_dim / 2 of queries and keys, which a rotary position turns together, are packed side
+    by side: torch then turns them as complex numbers in one pass. Their products stay what they are. There is no
+    complex bfloat16."""
+    return dtype is torch.float32
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Packer:
 
     Args:
         tensor: the tensor of a state dict's name, or None where the model has none.
+        head_dim: size of a head of queries or keys.
         head: the head's name in the state dict; None leaves it out.
         block: rows of every product (packed_linear.py).
     """
@@ -66,12 +75,14 @@ class Packer:
         self,
         tensor: Callable[[str], torch.Tensor | None],
         layers: int,
+        head_dim: int,
         head: str | None = "lm_head",
         block: int | None = None,
     ) -> None:
-        self._tensor = tensor
+        self._of = tensor
         self._block = block
         self._layers = layers
+        self._head_dim = head_dim
         self._packed: list[Layer] = []
         self._head_name = head
         self._head: PackedLinear | None = None
@@ -107,6 +118,12 @@ class Packer:
     def _linear(self, prefix: str, *names: str) -> PackedLinear:
         weights = [self._needed(f"{prefix}{name}.weight") for name in names]
         return PackedLinear(weights, [self._tensor(f"{prefix}{name}.bias") for name in names], self._block)
+
+    def _tensor(self, name: str) -> torch.Tensor | None:
+        tensor = self._of(name)
+        if tensor is None or name.split(".")[-2] not in TURNED or not lies_in_pairs(tensor.dtype):
+            return tensor
+        return tensor.unflatten(0, (-1, 2, self._head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
     def _needed(self, name: str) -> torch.Tensor:
         tensor = self._tensor(name)

@@ -30,12 +30,12 @@ class PackedLlama:
     """Weights packed for one model, whose parameters it leaves as they are. Made by `of`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        packer = Packer(model.state_dict().get, model.config.num_hidden_layers, head=None)
+        self._formula = LlamaFormula(model)
+        packer = Packer(model.state_dict().get, model.config.num_hidden_layers, self._formula.shape.head_dim, head=None)
         for _ in packer.pieces():
             pass
         self._model = model
         self._weights = packer.weights()
-        self._formula = LlamaFormula(model)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> PackedLlama | None:
@@ -66,12 +66,12 @@ class PackedLlama:
         count = len(packed.token_ids_N)
         # Rows behind the last token are computed in vain: no token attends to them.
         behind = (0, last.qkv.rows_for(count) - count)
-        cos_N1d, sin_N1d = formula.turns(np.pad(packed.position_ids_N.numpy(), behind), weights.embedding_VD)
+        turns_N = formula.turns(np.pad(packed.position_ids_N.numpy(), behind), weights.embedding_VD)
         hidden_ND = functional.embedding(functional.pad(packed.token_ids_N, behind), weights.embedding_VD)
         for layer in firsts:
-            qkv = formula.before(layer, hidden_ND, cos_N1d, sin_N1d)
+            qkv = formula.before(layer, hidden_ND, turns_N)
             hidden_ND = formula.after(layer, self._attended(qkv, packed), hidden_ND)
-        qkv = formula.before(last, hidden_ND, cos_N1d, sin_N1d)[:count]
+        qkv = formula.before(last, hidden_ND, turns_N)[:count]
         attended_BD = self._last_tokens(qkv, packed)
         hidden_BD = formula.after(last, attended_BD, hidden_ND.index_select(0, packed.last_tokens_B))
         return formula.norm(hidden_BD, weights.norm)

@@ -47,7 +47,7 @@ class LlamaRunner(LiveWeights):
         self._coming: tuple[dict[str, torch.Tensor], Packer] | None = None
         self._retired: list[object] = []
         live = model.state_dict()
-        packer = Packer(live.get, model.config.num_hidden_layers, block=self._block)
+        packer = Packer(live.get, model.config.num_hidden_layers, self._formula.shape.head_dim, block=self._block)
         for _ in packer.pieces():
             pass
         self._weights: LlamaWeights = packer.weights()
@@ -84,7 +84,7 @@ class LlamaRunner(LiveWeights):
         else:
             coming = {name: tensor.detach().to(live[name].dtype) for name, tensor in staged.tensors.items()}
         now = {name: tensor.detach() for name, tensor in live.items()} | coming
-        packer = Packer(now.get, len(self._weights.layers), block=self._block)
+        packer = Packer(now.get, len(self._weights.layers), self._formula.shape.head_dim, block=self._block)
         yield from packer.pieces()
         self._coming = coming, packer
 
@@ -194,10 +194,10 @@ class LlamaRunner(LiveWeights):
         rows_for = weights.layers[0].qkv.rows_for
         behind = (0, rows_for(count) - count)  # computed in vain
         tokens_N, positions_N = np.pad(tokens_N, behind), np.pad(positions_N, behind)
-        cos_N1d, sin_N1d = formula.turns(positions_N, weights.embedding_VD)
+        turns_N = formula.turns(positions_N, weights.embedding_VD)
         hidden_ND = functional.embedding(torch.from_numpy(tokens_N.astype(np.int64)), weights.embedding_VD)
         for index, layer in enumerate(weights.layers):
-            qkv = formula.before(layer, hidden_ND, cos_N1d, sin_N1d)[:count]
+            qkv = formula.before(layer, hidden_ND, turns_N)[:count]
             attended_ND = attend(index, qkv)
             if wanted_B is not None and index == len(weights.layers) - 1:
                 attended_ND, hidden_ND, count = attended_ND[wanted_B], hidden_ND[wanted_B], len(wanted_B)

@@ -46,6 +46,7 @@ class RowAttention:
         self._cache = cache
         self._shape = shape
         self._apart = apart
+        self._nothing = torch.zeros(1, dtype=shape.dtype)
         self._fuses = shape.dtype is torch.bfloat16 and has_amx()
 
     def to_past(self, lengths_B: np.ndarray) -> Attend:
@@ -56,12 +57,14 @@ class RowAttention:
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             q, kv = qkv.split((shape.heads, 2 * shape.key_heads), dim=1)
             cache.write(layer, slots, kv)
-            keys, values = cache.keys(layer), cache.values(layer)
             if len(groups) == 1:
-                return self._one_token(q, keys[:rows], values[:rows], *groups[0][1:])
+                _, width, bias = groups[0]
+                return self._one_token(q, *cache.past(layer, rows, width), bias)
+            keys, values = cache.keys(layer), cache.values(layer)
             attended = q.new_empty(rows, shape.heads * shape.head_dim)
             for of, width, bias in groups:
-                attended[of] = self._one_token(q[of], keys[of, :, :width], values[of, :, :width], width, bias)
+                past = (cached[of, :, :width].flatten(0, 1) for cached in (keys, values))
+                attended[of] = self._one_token(q[of], *past, bias)
             return attended
 
         return attend
@@ -84,22 +87,21 @@ class RowAttention:
         return groups
 
     def _one_token(
-        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, width: int, bias: torch.Tensor | None
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """q [B, H, head_dim], keys and values [B, key heads, at least width, head_dim] → [B, H · head_dim]."""
+        """q [B, H, head_dim], keys and values [B · key heads, width, head_dim] → [B, H · head_dim]."""
         shape, rows = self._shape, len(q)
         group = shape.heads // shape.key_heads
         if self._fuses:
             q = q.reshape(rows, shape.key_heads, group, shape.head_dim)
-            mask = None if bias is None else bias.view(rows, shape.key_heads, 1, width)
-            keys, values = keys[:, :, :width], values[:, :, :width]
+            mask = None if bias is None else bias.view(rows, shape.key_heads, 1, -1)
+            keys, values = keys.unflatten(0, (rows, -1)), values.unflatten(0, (rows, -1))
             out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             return out.reshape(rows, -1)
-        keys, values = (cached[:, :, :width].flatten(0, 1) for cached in (keys, values))
         if shape.dtype is torch.bfloat16 and group > 1:
             keys = keys.contiguous()  # oneDNN would copy it transposed, which takes thrice as long
         q = q.reshape(rows * shape.key_heads, group, shape.head_dim)
-        start = q.new_zeros(1) if bias is None else bias.expand(-1, group, -1)
+        start = self._nothing if bias is None else bias.expand(-1, group, -1)
         options = {"beta": 0 if bias is None else 1, "alpha": shape.head_dim**-0.5}
         # A matrix times a vector takes less than the vector times the transposed matrix, but not in Intel's MKL.
         if group == 1 and not is_intel():

@@ -22,7 +22,13 @@ class RowCache:
 
     def __init__(self, layers: int, heads: int, head_dim: int, max_rows: int, dtype: torch.dtype) -> None:
         self._max_rows = max_rows
-        self._data = torch.zeros(layers, 2, 0, heads, 0, head_dim, dtype=dtype)
+        self._hold(torch.zeros(layers, 2, 0, heads, 0, head_dim, dtype=dtype))
+
+    def _hold(self, data: torch.Tensor) -> None:
+        """Take `data` as the buffer, and the views of it that every decode step reads."""
+        self._data = data
+        self._past = [layer.flatten(1, 2).unbind() for layer in data]
+        self._tokens = [layer.view(-1, data.shape[-1]) for layer in data]
 
     @property
     def row_capacity(self) -> int:
@@ -55,8 +61,13 @@ class RowCache:
 
     def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
         """Keys and values of one token a row, [B, twice heads, head_dim]."""
-        size = kv.shape[-1]
-        self._data[layer].view(-1, size).index_copy_(0, slots, kv.reshape(-1, size))
+        self._tokens[layer].index_copy_(0, slots, kv.reshape(-1, kv.shape[-1]))
+
+    def past(self, layer: int, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first `width` columns of rows 0, 1, ..., [rows times heads, width, head_dim]."""
+        keys, values = self._past[layer]
+        filled = (slice(rows * self._data.shape[3]), slice(width))
+        return keys[filled], values[filled]
 
     def reserve(self, rows: int, columns: int) -> None:
         """Make room for that many rows and tokens a row; what is there stays."""
@@ -71,8 +82,9 @@ class RowCache:
         if columns > new_columns:
             new_columns = -(-(columns + columns // 2) // COLUMN_BUCKET) * COLUMN_BUCKET
         layers, two, _, heads, _, head_dim = old.shape
-        self._data = old.new_zeros(layers, two, new_rows, heads, new_columns, head_dim)
-        self._data[:, :, : old.shape[2], :, : old.shape[4]] = old
+        new = old.new_zeros(layers, two, new_rows, heads, new_columns, head_dim)
+        new[:, :, : old.shape[2], :, : old.shape[4]] = old
+        self._hold(new)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], columns: int) -> None:
         """Copy the first `columns` tokens of rows `sources` to rows `targets`."""
