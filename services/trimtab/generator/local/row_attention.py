@@ -60,11 +60,10 @@ class RowAttention:
             if len(groups) == 1:
                 _, width, bias = groups[0]
                 return self._one_token(q, *cache.past(layer, rows, width), bias)
-            keys, values = cache.keys(layer), cache.values(layer)
             attended = q.new_empty(rows, shape.heads * shape.head_dim)
             for of, width, bias in groups:
-                past = (cached[of, :, :width].flatten(0, 1) for cached in (keys, values))
-                attended[of] = self._one_token(q[of], *past, bias)
+                keys, values = cache.keys(layer)[of, :, :width], cache.values(layer)[of, :, :width]
+                attended[of] = self._one_token(q[of], keys.flatten(0, 1), values.flatten(0, 1), bias)
             return attended
 
         return attend
