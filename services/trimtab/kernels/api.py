@@ -1,7 +1,7 @@
 """The one door of the room: log-probs, entropy, KL and the PPO loss from hidden states, or from logits.
 
-Trainer, reference and generator call the same functions, so their log-probs can be subtracted. Suffixes: N rows,
-D hidden size, V vocabulary. All results are float32 (float64 for float64 hidden states) and in nats; no function
+Trainer and reference call the same functions, so their log-probs can be subtracted. Suffixes: N rows, D hidden size,
+V vocabulary. All results are float32 (float64 for float64 hidden states) and in nats; no function
 but `selected_logprobs_from_logits` ever holds [N, V].
 """
 
