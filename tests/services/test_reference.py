@@ -23,6 +23,7 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from trimtab.kernels import backends, chunked_torch
 from trimtab.reference.config import ReferenceConfig
 from trimtab.reference.service import LABEL, SERVICES, load
 from trimtab.runtime.config import RequestLimits
@@ -242,3 +243,20 @@ async def test_what_cannot_be_served_is_refused_at_start(tmp_path):
     with pytest.raises(StartError, match=r"model: .*absent"):
         async with serving(tmp_path / "absent"):
             pytest.fail("it was served")
+
+
+async def test_a_kernel_with_other_numbers_keeps_it_from_starting(monkeypatch, make_tiny):
+    right = chunked_torch.head_forward
+
+    def wrong(*args):
+        statistics_4N, *kept = right(*args)
+        return statistics_4N + 1e-3, *kept
+
+    monkeypatch.setattr(chunked_torch, "head_forward", wrong)
+    backends._torch.cache_clear()
+    try:
+        with pytest.raises(StartError, match="selected_logprobs"):
+            async with serving(make_tiny("policy")):
+                pytest.fail("it was served")
+    finally:
+        backends._torch.cache_clear()
