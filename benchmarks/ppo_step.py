@@ -126,6 +126,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quiet-cores", type=float, default=0.1, help="others may keep this many cores busy")
     parser.add_argument("--quiet-timeout-s", type=float, default=120, help="how long to wait for them")
     parser.add_argument("--micro-batch-tokens", type=int, help="of our trainer, instead of its default")
+    parser.add_argument(
+        "--old-logprobs",
+        choices=("trainer", "generator"),
+        default="generator",
+        help="of our trainer; TRL's are generated",
+    )
     parser.add_argument("--trainer-env", nargs="*", default=[], metavar="NAME=VALUE", help="for our trainer process")
     parser.add_argument("--folder", type=Path, help="keep models, logs and runs here; else they are thrown away")
     parser.add_argument("--out", type=Path, help="JSON with every figure")
@@ -164,7 +170,8 @@ def main() -> None:
         return run_trl(python, folder, case, updates, scratch)
 
     def ours(folder: WorkFolder, case: Case, updates: int, scratch: Path) -> SideRun:
-        return run_trimtab(folder, case, updates, scratch, environment, options.micro_batch_tokens)
+        settings = {"old_logprobs": options.old_logprobs}
+        return run_trimtab(folder, case, updates, scratch, environment, options.micro_batch_tokens, settings)
 
     console = Console()
     results: list[Comparison] = []

@@ -6,7 +6,7 @@
 | · rollout | generate, its log-probs | prompts sent until the last completion arrived |
 | · reference | one padded forward | waited for after the last completion (else it overlaps) |
 | · reward | one padded forward | waited for after the last completion (else it overlaps) |
-| values | value model's forward | value model's forward, and the policy's old log-probs |
+| values | value model's forward | value model's forward, and old log-probs if they are the trainer's |
 | train | minibatch steps, their statistics | minibatch steps, their statistics |
 | publish | nothing: one process | a version to the store, verified and loaded by the generator |
 | other | advantages, logging | advantages are in values; logging, files |

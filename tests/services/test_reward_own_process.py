@@ -66,7 +66,9 @@ async def answers(peer: Peer) -> list[reward_pb2.ScoreResponse]:
     ]
 
 
-@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16", "deterministic": True}])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({}, marks=pytest.mark.slow), {"dtype": "bfloat16", "deterministic": True}]
+)
 async def test_it_answers_bit_for_bit_as_a_model_within_the_server(folder, settings):
     async with serving(folder, **settings) as peer:
         assert not model_processes()
@@ -97,19 +99,24 @@ async def test_a_new_version_gets_a_process_and_the_old_one_ends(folder, make_ti
     assert missing.code() == StatusCode.NOT_FOUND
 
 
-async def test_what_cannot_be_served_is_refused_at_start_with_the_reason(make_tiny, tmp_path):
-    def all_nan(model: torch.nn.Module) -> None:
-        model.score.weight.data[:] = float("nan")
+def all_nan(model: torch.nn.Module) -> None:
+    model.score.weight.data[:] = float("nan")
 
-    for model, reason in [
-        (tmp_path / "absent", "model: .*absent"),
-        (make_tiny("policy"), "weights: .*score"),
-        (make_tiny("reward", edit=all_nan), "not finite"),
-    ]:
-        with pytest.raises(StartError, match=reason):
-            async with serving(model, own_process=True):
-                pytest.fail(f"{model} was served")
-        assert not model_processes()
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        pytest.param(None, {}, "model: .*absent", marks=pytest.mark.slow),
+        pytest.param("policy", {}, "weights: .*score", marks=pytest.mark.slow),
+        ("reward", {"edit": all_nan}, "not finite"),
+    ],
+)
+async def test_what_cannot_be_served_is_refused_at_start_with_the_reason(make_tiny, tmp_path, kind, changes, reason):
+    model = make_tiny(kind, **changes) if kind else tmp_path / "absent"
+    with pytest.raises(StartError, match=reason):
+        async with serving(model, own_process=True):
+            pytest.fail(f"{model} was served")
+    assert not model_processes()
 
 
 async def test_a_process_that_ends_while_it_loads_is_a_reason_not_to_start(folder, monkeypatch):
@@ -171,6 +178,7 @@ def test_a_server_whose_model_process_is_killed_ends_so_that_another_is_started(
         assert server.wait(TIMEOUT_S) == 1
 
 
+@pytest.mark.slow
 def test_the_model_process_ends_with_a_server_that_is_killed(folder, tmp_path):
     with server_process(folder, tmp_path) as (server, _, _):
         server.kill()

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,9 @@ class Compiled:
     bulk_copies: int
 
 
-def targets() -> Iterator[Target]:
+def targets(capabilities: Sequence[int] = CAPABILITIES) -> Iterator[Target]:
     """Every kernel with the tile it is launched with; over the head also with bias and soft-cap, and in float32."""
-    for capability in CAPABILITIES:
+    for capability in capabilities:
         wide, narrow = (_tile(torch.bfloat16, capability, long_epilogue) for long_epilogue in (False, True))
         yield Target("statistics", capability, "bf16", wide)
         yield Target("statistics", capability, "bf16", narrow, softcap=30.0)
@@ -177,12 +177,13 @@ def _disassembled(cubin: bytes) -> tuple[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Compile all targets; 0."""
+    """Compile the targets; 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, help="also write the lines here")
-    out = parser.parse_args(arguments).out
-    lines = []
-    for target in targets():
+    parser.add_argument("--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES)
+    options = parser.parse_args(arguments)
+    out, lines = options.out, []
+    for target in targets(options.capabilities):
         lines.append(json.dumps(asdict(compile_target(target))))
         print(lines[-1], flush=True)
     if out is not None:

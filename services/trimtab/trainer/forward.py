@@ -115,7 +115,7 @@ def hidden_ppo_loss(
     old_R: torch.Tensor,
     advantages_R: torch.Tensor,
     weights_R: torch.Tensor,
-    old_lse_R: torch.Tensor,
+    old_lse_R: torch.Tensor | None,
     *,
     settings: PpoSettings,
     normalizer: float,

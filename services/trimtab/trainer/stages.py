@@ -143,6 +143,9 @@ class PpoConfig(_Config):
             "exact_metric" reports it over the whole vocabulary too, from the reference's hidden states and LM head;
             "exact_loss" also adds `kl_loss_coefficient` times its mean over response tokens to the policy's loss. The
             penalty in the reward (`kl_coefficient`) is sampled k1 with any of them.
+        old_logprobs: of a ratio. "trainer" computes them with its weights when an update starts, and weights each token
+            by how far the generator's were off (decoupled PPO, arXiv:2110.00641); "generator" takes the generator's:
+            a forward pass less, its numerics in the ratio, and entropy estimated by −log-prob of the sampled tokens.
         max_staleness: most versions between the one that samples a completion and the one it trains.
         advantage: "gae" with a value model; "group" is RLOO's mean of the prompt's other samples; "grpo" is less the
             mean of all its samples, over their deviation.
@@ -182,6 +185,7 @@ class PpoConfig(_Config):
     whiten_rewards: bool = False
     no_eos_score: Annotated[float, Field(allow_inf_nan=False)] | None = None
     target_approx_kl: Positive | None = None
+    old_logprobs: Annotated[Literal["trainer", "generator"], Field(validate_default=True)] = "trainer"
     importance_weight_cap: Positive = 2.0
     publish_every_steps: Count = 1
     value_optimizer: OptimizerConfig = OptimizerConfig(
@@ -228,6 +232,14 @@ class PpoConfig(_Config):
         if kl in ("sampled", "exact_metric") and coefficient > 0:
             raise ValueError(f"there is no KL in the loss with kl: {kl}; set kl: exact_loss")
         return coefficient
+
+    @field_validator("old_logprobs")
+    @classmethod
+    def _exact_kl_needs_the_pass(cls, source: str, others: ValidationInfo) -> str:
+        kl = others.data.get("kl")
+        if source == "generator" and kl in ("exact_metric", "exact_loss"):
+            raise ValueError(f"kl: {kl} is measured in the pass that 'generator' spares; leave it at 'trainer'")
+        return source
 
     @property
     def exact_kl(self) -> bool:

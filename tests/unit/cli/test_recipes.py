@@ -15,6 +15,7 @@ SWITCHED_ON = {
     "gold": {"gold_scorer": "judge"},
     "grpo": {"advantage": "grpo", "samples_per_prompt": 8},
     "lora": {"publish": "adapter", "lora": LoraConfig(rank=16, alpha=32), "value_lora": LoraConfig(rank=16, alpha=32)},
+    "old-logprobs": {"old_logprobs": "generator"},
     "overlap": {"max_staleness": 1},
     "ptx": {"ptx_data": "pretraining.jsonl", "ptx_coefficient": 27.8},
     "rloo": {"advantage": "group", "samples_per_prompt": 4},

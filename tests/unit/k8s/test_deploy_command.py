@@ -91,6 +91,7 @@ def test_what_a_rollout_waits_for_is_told_in_the_schedulers_words(cluster):
     assert "Deployment/reward is not up within 1 s: 4 Insufficient nvidia.com/gpu" in text
 
 
+@pytest.mark.slow
 def test_a_template_that_cannot_be_changed_is_made_anew(cluster):
     """A JobSet's spec is immutable: new digests would end every later deploy."""
     cluster.kinds |= {("jobset.x-k8s.io/v1alpha2", "jobsets"): "JobSet", ("v1", plural(CLAIM)): CLAIM}

@@ -1,7 +1,9 @@
 """The PPO update: ratio 1 at the start, invariance to packing and micro-batches, hand-computed losses, resume state."""
 
 import copy
+import math
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from trimtab.trainer.ppo.prompts import Sampler, completion_seed
 from trimtab.trainer.ppo.rollout_metrics import rollout_metrics
 from trimtab.trainer.ppo.update import PpoUpdate
 from trimtab.trainer.side_by_side import SideBySide
-from trimtab.trainer.stages import OptimizerConfig, PpoConfig, parse_stage
+from trimtab.trainer.stages import OptimizerConfig, PpoConfig, StageConfigError, parse_stage
 from trimtab_client import Completion, ModelVersion, VersionRun
 
 VERSION = ModelVersion("r", "policy", 0, "blake3:0")
@@ -112,6 +114,50 @@ def test_policy_and_value_model_side_by_side_learn_what_they_learn_one_after_the
         (ours, weights), (expected, expected_weights) = train(both), train(SideBySide())
     assert ours == pytest.approx(expected, rel=1e-6, abs=1e-12)
     assert float((weights - expected_weights).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_generators_log_probs_teach_what_the_trainers_own_do_where_they_are_equal(tiny_folder, threads):
+    def train(source, behaviour_R=None):
+        update = make_update(tiny_folder, dtype="float64", old_logprobs=source, inner_epochs=2)
+        update.side_by_side = both
+        experience = experience_of(update.policy)
+        if behaviour_R is not None:
+            experience = replace(experience, behaviour_R=behaviour_R)
+        epoch = update.plan_epoch(experience)
+        targets = update.fix_targets(experience, epoch, 0.02)
+        metrics = rollout_metrics(experience, targets) | update.optimize(experience, epoch, targets, 1e-3, 1e-3)
+        models = (update.policy.model, update.value_model.model)
+        return targets, metrics, torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
+
+    with closing(SideBySide("cpu", threads=threads)) as both:
+        old_R = train("trainer")[0].old_R
+        (_, expected, expected_weights), (targets, metrics, weights) = (
+            train("trainer", old_R),
+            train("generator", old_R),
+        )
+    assert float((weights - expected_weights).abs().max()) < 1e-12
+    assert float(targets.old_values_R.abs().min()) > 0
+    assert expected.keys() - metrics.keys() == {"logprob_gap_mean", "logprob_gap_max", "importance_weight_mean"}
+    assert metrics.pop("entropy_mean") == pytest.approx(-float(old_R.mean()))
+    assert metrics == pytest.approx({name: expected[name] for name in metrics}, abs=1e-12)
+
+
+def test_what_the_generators_log_probs_are_off_by_is_in_the_ratio_and_in_no_weight(tiny_folder):
+    update = make_update(tiny_folder, old_logprobs="generator")
+    experience = experience_of(update.policy)
+    experience = replace(experience, behaviour_R=experience.behaviour_R - 0.1)
+    epoch = update.plan_epoch(experience)
+    targets = update.fix_targets(experience, epoch, 0.02)
+    sums = update._minibatch_gradients(epoch[0], targets, move_policy=True)
+    assert sums["ratio"] / sums["tokens"] == pytest.approx(math.exp(0.1), abs=1e-5)
+    assert bool((targets.weights_R == 1).all())
+
+
+@pytest.mark.parametrize("kl", ["exact_metric", "exact_loss"])
+def test_exact_kl_is_refused_with_the_generators_log_probs(kl):
+    with pytest.raises(StageConfigError, match=r"old_logprobs.*leave it at 'trainer'"):
+        config(kl=kl, old_logprobs="generator", kl_loss_coefficient=0.1 if kl == "exact_loss" else 0.0)
 
 
 def test_a_policy_that_does_not_move_has_no_gradient_norm(tiny_folder):

@@ -109,7 +109,7 @@ def test_the_same_content_again_under_the_next_lease_is_a_no_op(store: Store, ma
 MOMENTS = ("between two publishes", "before the manifest", "before the pointer")
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", [MOMENTS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS[1:])])
 def test_a_holder_that_wakes_late_changes_nothing_on_s3(s3_store: Store, make_folder: MakeFolder, moment: str) -> None:
     check_late_waker(s3_store, make_folder, moment)
 

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,13 +88,13 @@ class Demo:
     def run(self, supervisor: Supervisor) -> DemoResult:
         """All stages and the evaluation; services are started with `supervisor` when their model exists."""
         data = self._prepare_data()
-        trainer = self._serve(supervisor, "trainer", {"folder": str(self._folder / "runs")}, threads=self._cores)
+        [trainer] = self._serve(supervisor, {"trainer": {"folder": str(self._folder / "runs")}}, threads=self._cores)
 
         sft = self._sft(trainer, data)
-        generator = self._serve(supervisor, "generator", {"model": f"version:{sft}"}, threads=1)
+        policies = {kind: {"model": f"version:{sft}"} for kind in ("generator", "reference")}
+        generator, reference = self._serve(supervisor, policies, threads=1)
         reward_version = self._reward(trainer, data, sft, generator)
-        reward = self._serve(supervisor, "reward", {"model": f"version:{reward_version}"}, threads=1)
-        reference = self._serve(supervisor, "reference", {"model": f"version:{sft}"}, threads=1)
+        [reward] = self._serve(supervisor, {"reward": {"model": f"version:{reward_version}"}}, threads=1)
         policy = self._ppo(trainer, data, sft, reward_version, (generator, reward, reference))
 
         accuracies = self._accuracies(data, reward_version, reward)
@@ -122,13 +122,16 @@ class Demo:
         self._lap("prepare data")
         return data
 
-    def _serve(self, supervisor: Supervisor, kind: str, settings: dict[str, object], *, threads: int) -> str:
-        spec = service_process(kind, {"store": str(self._store)} | settings, self._folder / "services", threads=threads)
-        supervisor.add(spec)
-        supervisor.wait_ready(spec.name)
-        self._say(f"{kind} serves on {spec.address}")
-        self._lap(f"start {kind}")
-        return spec.address
+    def _serve(self, supervisor: Supervisor, wanted: Mapping[str, Mapping[str, object]], *, threads: int) -> list[str]:
+        """Start services, all at the same time, by kind with their settings; their addresses, once all serve."""
+        shared, folder = {"store": str(self._store)}, self._folder / "services"
+        specs = [service_process(kind, shared | dict(own), folder, threads=threads) for kind, own in wanted.items()]
+        supervisor.add(*specs)
+        supervisor.wait_ready(*wanted)
+        for spec in specs:
+            self._say(f"{spec.name} serves on {spec.address}")
+        self._lap(f"start {' and '.join(wanted)}")
+        return [spec.address for spec in specs]
 
     def _sft(self, trainer: str, data: Path) -> ModelVersion:
         config = trainer_pb2.SftConfig()

@@ -18,10 +18,10 @@ def staleness_mean(episodes: Sequence[Episode], step: int) -> float:
 
 
 def rollout_metrics(experience: Experience, targets: Targets) -> dict[str, float]:
-    """Scores, KL in nats a sequence (by k1, by k3 and, where measured, exact), entropy, lengths and log-prob gaps."""
+    """Scores, KL in nats a sequence (by k1, by k3 and, where measured, exact), entropy, lengths, and log-prob gaps
+    where the old log-probs are not the generator's own."""
     lengths_B = experience.lengths_B
     episodes = len(lengths_B)
-    gap_R = (targets.old_R - experience.behaviour_R).abs()
     metrics = {
         "score_mean": float(experience.scores_B.mean()),
         "score_std": float(experience.scores_B.std(unbiased=False)),
@@ -32,10 +32,14 @@ def rollout_metrics(experience: Experience, targets: Targets) -> dict[str, float
         "explained_variance": explained_variance(targets.old_values_R, targets.returns_R),
         "response_length_mean": float(lengths_B.float().mean()),
         "eos_fraction": float(experience.ended_B.float().mean()),
-        "logprob_gap_mean": float(gap_R.mean()),
-        "logprob_gap_max": float(gap_R.max()),
-        "importance_weight_mean": float(targets.weights_R.mean()),
     }
+    if targets.old_lse_R is not None:
+        gap_R = (targets.old_R - experience.behaviour_R).abs()
+        metrics |= {
+            "logprob_gap_mean": float(gap_R.mean()),
+            "logprob_gap_max": float(gap_R.max()),
+            "importance_weight_mean": float(targets.weights_R.mean()),
+        }
     if experience.gold_B is not None:
         metrics["gold_score_mean"] = float(experience.gold_B.mean())
     if targets.exact_kl is not None:

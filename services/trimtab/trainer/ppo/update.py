@@ -1,6 +1,7 @@
 """The update of one PPO step: old log-probs and values, advantages, then inner epochs of minibatches.
 
-The first epoch runs over the very packs that the old log-probs were computed with, so its first ratio is 1.
+The first epoch runs over the very packs that the old log-probs were computed with, so its first ratio is 1; with the
+generator's log-probs it is 1 but for the gap between the two.
 """
 
 from __future__ import annotations
@@ -55,14 +56,15 @@ class Targets:
     """What the update holds fixed, flat over response tokens [R].
 
     Attributes:
-        old_R, old_lse_R: log-probs, and the log-sum-exp in them, by the policy as it is when the update starts (the
-            proximal policy).
+        old_R: log-probs by the policy as it is when the update starts (the proximal policy), or by the generator.
+        old_lse_R: the log-sum-exp in them; None for the generator's.
         weights_R: truncated importance weights, old against behaviour.
+        entropy_R: of the policy's distributions; for the generator's log-probs those negated, whose mean it is.
         exact_kl: None where KL is only sampled.
     """
 
     old_R: torch.Tensor
-    old_lse_R: torch.Tensor
+    old_lse_R: torch.Tensor | None
     old_values_R: torch.Tensor
     advantages_R: torch.Tensor
     returns_R: torch.Tensor
@@ -117,11 +119,19 @@ class PpoUpdate:
         parts = [part for minibatch in epoch for part in minibatch]
         dtype = torch.promote_types(self.policy.model.dtype, torch.float32)  # float64 only for float64 weights
         exact_kl = self.reference_head and StepKl(self.reference_head, experience, config.temperature)
-        (old_R, lse_R, entropy_R), values_R = self.side_by_side.run(
-            lambda: self._old_logprobs(parts, torch.zeros(len(experience.behaviour_R), dtype=dtype), exact_kl),
-            lambda: self._old_values(parts, torch.zeros(len(experience.behaviour_R), dtype=dtype)),
-        )
-        self.ranks.join_parts(old_R, lse_R, entropy_R, values_R)
+        values_R = torch.zeros(len(experience.behaviour_R), dtype=dtype)
+        if config.old_logprobs == "generator":
+            old_R, lse_R = experience.behaviour_R.to(dtype), None
+            entropy_R = -old_R
+            halves = parts[::2], parts[1::2]
+            self.side_by_side.run(*(partial(self._old_values, half, values_R) for half in halves))
+            self.ranks.join_parts(values_R)
+        else:
+            (old_R, lse_R, entropy_R), _ = self.side_by_side.run(
+                lambda: self._old_logprobs(parts, torch.zeros_like(values_R), exact_kl),
+                lambda: self._old_values(parts, values_R, each=self._make_way),
+            )
+            self.ranks.join_parts(old_R, lse_R, entropy_R, values_R)
         if exact_kl is not None:
             self.ranks.join_parts(exact_kl.kl_R, exact_kl.gap_R)
             exact_kl.check()
@@ -238,13 +248,12 @@ class PpoUpdate:
         return out_R, lse_R, entropy_R
 
     @torch.no_grad()
-    def _old_values(self, parts: Sequence[Slice], out_R: torch.Tensor) -> torch.Tensor:
-        """Values, written into `out_R`; it stays as it is without a value model."""
+    def _old_values(self, parts: Sequence[Slice], out_R: torch.Tensor, each: Callable[[], None] = lambda: None) -> None:
+        """Write values into `out_R`, calling `each` after each part; it stays as it is without a value model."""
         if self.value_model is not None:
             for part in parts:
                 out_R[part.flat_R.cpu()] = response_values(self.value_model, part).cpu()
-                self._make_way()
-        return out_R
+                each()
 
     def _minibatch_gradients(self, minibatch: Minibatch, targets: Targets, *, move_policy: bool) -> dict[str, float]:
         """Gradients of the minibatch's mean losses over its response tokens; returns the sums of their terms."""
@@ -267,9 +276,8 @@ class PpoUpdate:
             clip_low=config.clip_range, clip_high=config.clip_range, entropy_coefficient=config.entropy_coefficient
         )
         for part in minibatch:
-            old_R, lse_R, advantages_R, weights_R = part.take(
-                targets.old_R, targets.old_lse_R, targets.advantages_R, targets.weights_R
-            )
+            old_R, advantages_R, weights_R = part.take(targets.old_R, targets.advantages_R, targets.weights_R)
+            lse_R = None if targets.old_lse_R is None else part.take(targets.old_lse_R)[0]
 
             def head(hidden_RD: torch.Tensor, part=part, fixed=(old_R, advantages_R, weights_R, lse_R)) -> Forward:
                 loss, logprobs_R, _ = hidden_ppo_loss(
