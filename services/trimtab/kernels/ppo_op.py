@@ -61,11 +61,14 @@ def _(hidden, weight, bias, targets, *arguments):
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.inputs = len(inputs)
+    ctx.set_materialize_grads(False)  # else zeros as large as the weight stand in for each output's missing gradient
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[3:])
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * ctx.inputs
     made = ctx.saved_tensors
     gradients = made if _is_one(upstream) else [gradient * upstream.to(gradient.dtype) for gradient in made]
     return *wanted(gradients, ctx.needs_input_grad[:3]), *(None for _ in range(ctx.inputs - 3))

@@ -33,6 +33,7 @@ def test_elsewhere_malloc_keeps_what_it_has(monkeypatch):
     monkeypatch.setattr(services, "find_library", {}.get)
     assert set(services.trainer_memory_environment()) == {
         "MALLOC_ARENA_MAX",
+        "GLIBC_TUNABLES",
         "MALLOC_MMAP_THRESHOLD_",
         "MALLOC_TRIM_THRESHOLD_",
     }

@@ -72,18 +72,20 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 
 def trainer_memory_environment() -> dict[str, str]:
-    """Environment that lets the trainer keep the memory of one step for the next, in as little of it as can be.
+    """Environment that lets the trainer keep the memory of one step for the next, in huge pages and in little of it.
 
-    jemalloc where it is installed (Debian's libjemalloc2) and nothing else is preloaded: it keeps large pieces for a
-    second, and small ones apart from them. GNU's malloc, which gives large pieces back at once and has them zeroed
-    again (a quarter of a million page faults a PPO step of a small model), is told to keep all; small pieces then stand
-    where the next large one does not fit (docs/results/ppo_step.md).
+    jemalloc where it is installed (Debian's libjemalloc2) and nothing else is preloaded: it keeps small pieces apart
+    from large ones. GNU's malloc, which gives large pieces back at once and has them zeroed again (millions of page faults a
+    PPO step of a small model), is told to keep all; small pieces then stand where the next large one does not fit. Huge
+    pages come where the kernel gives them to who asks. What each gives: docs/results/ppo_step.md.
     """
     jemalloc = find_library("jemalloc") if sys.platform == "linux" and "LD_PRELOAD" not in os.environ else None
     if jemalloc is not None:
-        return {"LD_PRELOAD": jemalloc, "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:1000,muzzy_decay_ms:0"}
+        kept = "narenas:1,oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:0,thp:always"
+        return {"LD_PRELOAD": jemalloc, "MALLOC_CONF": kept}
     kept = str(4 << 30)
-    return {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": kept, "MALLOC_TRIM_THRESHOLD_": kept}
+    thresholds = {"MALLOC_MMAP_THRESHOLD_": kept, "MALLOC_TRIM_THRESHOLD_": kept}
+    return {"MALLOC_ARENA_MAX": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | thresholds
 
 
 def fair_threads(processes: int) -> int:
