@@ -75,9 +75,10 @@ def trainer_memory_environment() -> dict[str, str]:
     """Environment that lets the trainer keep the memory of one step for the next, in huge pages and in little of it.
 
     jemalloc where it is installed (Debian's libjemalloc2) and nothing else is preloaded: it keeps small pieces apart
-    from large ones, and gives back what nobody took for 20 s. GNU's malloc, which gives large pieces back at once and has them zeroed again (millions of page faults a
-    PPO step of a small model), is told to keep all; small pieces then stand where the next large one does not fit. Huge
-    pages come where the kernel gives them to who asks. What each gives: docs/results/ppo_step.md.
+    from large ones, and gives back what nobody took for 20 s. GNU's malloc, which gives large pieces back at once and
+    has them zeroed again (millions of page faults a PPO step of a small model), is told to keep all; small pieces then
+    stand where the next large one does not fit. Huge pages come where the kernel gives them to who asks. What each
+    gives: docs/results/ppo_step.md.
     """
     jemalloc = find_library("jemalloc") if sys.platform == "linux" and "LD_PRELOAD" not in os.environ else None
     if jemalloc is not None:
