@@ -194,8 +194,8 @@ async def test_a_trainer_elsewhere_cannot_publish_a_run_that_is_going(make_tiny,
         await finished(one, "run")
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-async def test_a_stopped_ppo_run_goes_on_without_counting_a_step_twice(make_tiny, tmp_path, staleness):
+@pytest.mark.parametrize(("staleness", "old_logprobs"), [(0, "generator"), (1, "trainer")])
+async def test_a_stopped_ppo_run_goes_on_without_counting_a_step_twice(make_tiny, tmp_path, staleness, old_logprobs):
     model, reward_model = make_tiny("policy"), make_tiny("reward", seed=3)
     async with serving_all(model, tmp_path, reward_model) as (client, addresses):
         config = ppo_config(
@@ -206,6 +206,7 @@ async def test_a_stopped_ppo_run_goes_on_without_counting_a_step_twice(make_tiny
             value_model=str(reward_model),
             steps=9,
             max_staleness=staleness,
+            old_logprobs=old_logprobs,
             ema_decay=0.9,
             adaptive_kl_target=2.0,
             adaptive_kl_horizon=100.0,
@@ -223,6 +224,9 @@ async def test_a_stopped_ppo_run_goes_on_without_counting_a_step_twice(make_tiny
     assert sorted({step for step, _ in samples}) == list(range(1, 10)) and len(set(samples)) == len(samples)
     assert [step for step, _ in samples] == sorted(step for step, _ in samples)
     assert max(row.values["staleness_mean"] for row in metrics) <= staleness
+    assert all(("logprob_gap_mean" in row.values) == (old_logprobs == "trainer") for row in metrics)
+    firsts = [abs(row.values["approx_kl_first_minibatch"]) for row in metrics]
+    assert max(firsts) <= (1e-5 if old_logprobs == "generator" else 0)
 
 
 @pytest.mark.parametrize(("staleness", "left_of_journal"), [pytest.param(0, 1.0, marks=pytest.mark.slow), (3, 0.7)])
