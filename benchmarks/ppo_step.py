@@ -170,8 +170,8 @@ def main() -> None:
         return run_trl(python, folder, case, updates, scratch)
 
     def ours(folder: WorkFolder, case: Case, updates: int, scratch: Path) -> SideRun:
-        settings = {"old_logprobs": options.old_logprobs}
-        return run_trimtab(folder, case, updates, scratch, environment, options.micro_batch_tokens, settings)
+        tokens = options.micro_batch_tokens
+        return run_trimtab(folder, case, updates, scratch, environment, tokens, options.old_logprobs)
 
     console = Console()
     results: list[Comparison] = []

@@ -52,12 +52,12 @@ def run_trimtab(
     scratch: Path,
     environment: Mapping[str, str] | None = None,
     micro_batch_tokens: int | None = None,
-    settings: Mapping[str, str] | None = None,
+    old_logprobs: str = "trainer",
 ) -> SideRun:
     """Run `updates` PPO updates and measure all but the first (the only one, if there is one).
 
     `environment` is laid over that of the trainer process; `micro_batch_tokens` takes the place of the trainer's
-    default, `settings` that of others of PpoConfig. RuntimeError with the trainer's reason if the run fails.
+    default. RuntimeError with the trainer's reason if the run fails.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     with running_services(folder, case, scratch, environment or {}) as (supervisor, addresses), ExitStack() as stack:
@@ -68,8 +68,7 @@ def run_trimtab(
         config = ppo_config(folder, case, updates, addresses)
         if micro_batch_tokens is not None:
             config.stage.micro_batch_tokens = micro_batch_tokens
-        for name, value in (settings or {}).items():
-            setattr(config, name, value)
+        config.old_logprobs = old_logprobs
         client.start(RUN_ID, config)
         steps: list[StepMetrics] = []
         pids = [os.getpid(), *(status.pid for status in supervisor.statuses() if status.pid is not None)]

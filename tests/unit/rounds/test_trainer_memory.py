@@ -31,6 +31,8 @@ def test_another_allocator_of_the_users_stays(monkeypatch):
 
 def test_elsewhere_malloc_keeps_what_it_has(monkeypatch):
     monkeypatch.setattr(services, "find_library", {}.get)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+    assert services.trainer_memory_environment()["GLIBC_TUNABLES"] == "glibc.malloc.tcache_count=0"
     assert set(services.trainer_memory_environment()) == {
         "MALLOC_ARENA_MAX",
         "GLIBC_TUNABLES",

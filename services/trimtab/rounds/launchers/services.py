@@ -86,7 +86,8 @@ def trainer_memory_environment() -> dict[str, str]:
         return {"LD_PRELOAD": jemalloc, "MALLOC_CONF": kept}
     kept = str(4 << 30)
     thresholds = {"MALLOC_MMAP_THRESHOLD_": kept, "MALLOC_TRIM_THRESHOLD_": kept}
-    return {"MALLOC_ARENA_MAX": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | thresholds
+    tunables = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    return {"MALLOC_ARENA_MAX": "1", "GLIBC_TUNABLES": tunables} | thresholds
 
 
 def fair_threads(processes: int) -> int:
