@@ -185,7 +185,7 @@ class PpoConfig(_Config):
     whiten_rewards: bool = False
     no_eos_score: Annotated[float, Field(allow_inf_nan=False)] | None = None
     target_approx_kl: Positive | None = None
-    old_logprobs: Annotated[Literal["trainer", "generator"], Field(validate_default=True)] = "trainer"
+    old_logprobs: Literal["trainer", "generator"] = "trainer"
     importance_weight_cap: Positive = 2.0
     publish_every_steps: Count = 1
     value_optimizer: OptimizerConfig = OptimizerConfig(
